@@ -1,0 +1,669 @@
+/* Page caches: a memfd with the content, folio states in shared memory, a cap, reclaim, write-back.
+ *
+ * A folio word changes by compare-and-swap only, so that forked processes which share the cache agree:
+ *   ABSENT -> FILLING -> UPTODATE -> DIRTY -> WRITEBACK -> UPTODATE, and UPTODATE|WRITEBACK -> EVICTING
+ *   -> ABSENT. FILLING and EVICTING name their owner; if that process is dead whoever meets the page
+ *   takes it over.
+ * Invariant clean_means_protected: a folio that is not DIRTY or WRITEBACK is writable in no page
+ * table. So a clean folio may be dropped without looking, and a write to it faults first. */
+#include "internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static struct uvm_cache caches[UVM_MAX_CACHES];
+
+enum { WRITE_BACK_PAGES = 64, CHARGE_TRIES = 1000 };
+
+/* ---- who is alive ------------------------------------------------------------------------------------ */
+/* Start time of a process that runs (not a zombie), 0 if there is none. */
+static uint64_t process_start_time(int pid)
+{
+	char path[32], buf[1024];
+	snprintf(path, sizeof path, "/proc/%d/stat", pid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	ssize_t n = read(fd, buf, sizeof buf - 1);
+	close(fd);
+	if (n <= 0)
+		return 0;
+	buf[n] = 0;
+	char *p = strrchr(buf, ')'); /* the name may hold anything */
+	unsigned long long start = 0;
+	char state = 'Z';
+	if (!p || sscanf(p + 1,
+			 " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
+			 "%*d %llu",
+			 &state, &start) != 2)
+		return 0;
+	return state == 'Z' || state == 'X' ? 0 : start;
+}
+
+static bool slot_alive(struct uvm_cache_slot *s)
+{
+	int pid = atomic_load(&s->pid);
+	return pid && process_start_time(pid) == atomic_load(&s->start_time);
+}
+
+/* Takes a slot for this process: a free one or a dead one's; the epoch tells its folios from ours. */
+static int slot_attach(struct uvm_cache *c)
+{
+	int me = (int)getpid();
+	for (int pass = 0; pass < 2; pass++) {
+		for (uint32_t i = 0; i < UVM_CACHE_SLOTS; i++) {
+			struct uvm_cache_slot *s = &c->shared->slots[i];
+			int32_t pid = atomic_load(&s->pid);
+			if (pid && (pass == 0 || slot_alive(s)))
+				continue;
+			if (!atomic_compare_exchange_strong(&s->pid, &pid, me))
+				continue;
+			if (pass == 0)
+				__atomic_fetch_add(&c->shared->ctl.nr_attached, 1, __ATOMIC_ACQ_REL);
+			uint32_t epoch = atomic_fetch_add(&s->epoch, 1) + 1;
+			atomic_store(&s->start_time, process_start_time(me));
+			c->owner = i | (epoch & 0xffff) << 8;
+			return 0;
+		}
+	}
+	return -EUSERS;
+}
+
+static void slot_detach(struct uvm_cache *c)
+{
+	struct uvm_cache_slot *s = &c->shared->slots[c->owner & 0xff];
+	int32_t me = (int32_t)getpid();
+	if (atomic_compare_exchange_strong(&s->pid, &me, 0))
+		__atomic_fetch_sub(&c->shared->ctl.nr_attached, 1, __ATOMIC_ACQ_REL);
+}
+
+/* Other living processes that map this cache: their page tables are out of our reach. */
+static bool others_attached(struct uvm_cache *c)
+{
+	for (uint32_t i = 0; i < UVM_CACHE_SLOTS; i++) {
+		struct uvm_cache_slot *s = &c->shared->slots[i];
+		int32_t pid = atomic_load(&s->pid);
+		if (!pid || i == (c->owner & 0xff))
+			continue;
+		if (slot_alive(s))
+			return true;
+		if (atomic_compare_exchange_strong(&s->pid, &pid, 0))
+			__atomic_fetch_sub(&c->shared->ctl.nr_attached, 1, __ATOMIC_ACQ_REL);
+	}
+	return false;
+}
+
+static bool folio_in_memfd(struct uvm_cache *c, uint64_t index)
+{
+	off_t at = (off_t)(index << UVM_PAGE_SHIFT);
+	return lseek(c->data_fd, at, SEEK_DATA) == at;
+}
+
+/* A folio that a dead process left FILLING or EVICTING. True if its state moved on. */
+bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index)
+{
+	uint32_t word = atomic_load(&c->folios[index]);
+	unsigned state = uvm_folio_state(word), to;
+	if (state != UVM_FOLIO_FILLING && state != UVM_FOLIO_EVICTING && state != UVM_FOLIO_WRITEBACK)
+		return true;
+	struct uvm_cache_slot *s = &c->shared->slots[word >> 8 & 0xff];
+	if ((atomic_load(&s->epoch) & 0xffff) == word >> 16 && slot_alive(s))
+		return false;
+	if (state == UVM_FOLIO_WRITEBACK)
+		to = UVM_FOLIO_DIRTY;
+	else if (!folio_in_memfd(c, index))
+		to = UVM_FOLIO_ABSENT;
+	else /* whole pages only ever get in; of a writable one we cannot tell whether it was written */
+		to = c->writable ? UVM_FOLIO_DIRTY : UVM_FOLIO_UPTODATE;
+	if (!atomic_compare_exchange_strong(&c->folios[index], &word, to))
+		return true;
+	if (to == UVM_FOLIO_ABSENT)
+		uvm_cache_uncharge(c, 1);
+	else if (state != UVM_FOLIO_WRITEBACK)
+		uvm_cache_note_extent(c, index, 1);
+	if (to == UVM_FOLIO_DIRTY && state != UVM_FOLIO_WRITEBACK)
+		__atomic_fetch_add(&c->shared->ctl.nr_dirty, 1, __ATOMIC_RELAXED);
+	return true;
+}
+
+/* ---- life ---------------------------------------------------------------------------------------------- */
+static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
+{
+	uint64_t p;
+	pthread_mutexattr_t attr;
+	int rc;
+
+	c->shared_bytes = (UVM_CACHE_CTL_BYTES + c->nr_pages * sizeof(uint32_t) + UVM_PAGE - 1) &
+			  ~(size_t)(UVM_PAGE - 1);
+	if (ftruncate(c->ctl_fd, (off_t)c->shared_bytes) < 0)
+		return -errno;
+	rc = sys_mmap(0, c->shared_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->ctl_fd, 0, &p);
+	if (rc < 0)
+		return rc;
+	c->shared = (void *)(uintptr_t)p;
+	c->folios = (void *)(uintptr_t)(p + UVM_CACHE_CTL_BYTES);
+	/* Room for the worst case, a page an extent; what is not used is not touched. */
+	uint64_t most = cap_pages < c->nr_pages ? cap_pages : c->nr_pages;
+	uint64_t fifo_size = 2 * most + 64;
+	rc = sys_mmap(0, fifo_size * sizeof *c->fifo, PROT_READ | PROT_WRITE,
+		      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &p);
+	if (rc < 0) {
+		sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
+		return rc;
+	}
+	c->fifo = (void *)(uintptr_t)p;
+	c->shared->fifo_size = fifo_size;
+	c->shared->ctl.nr_pages = c->nr_pages;
+	c->shared->ctl.cap_pages = cap_pages;
+	pthread_mutexattr_init(&attr);
+	pthread_mutexattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
+	pthread_mutexattr_setrobust(&attr, PTHREAD_MUTEX_ROBUST);
+	pthread_mutex_init(&c->shared->fifo_lock, &attr);
+	pthread_mutexattr_destroy(&attr);
+	return 0;
+}
+
+static void close_fds(struct uvm_cache *c)
+{
+	if (c->file_fd >= 0)
+		close(c->file_fd);
+	if (c->data_fd >= 0)
+		close(c->data_fd);
+	if (c->ctl_fd >= 0)
+		close(c->ctl_fd);
+}
+
+static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t mtime_ns,
+		      uint64_t cap_bytes, int writable)
+{
+	int rc;
+	c->ctl_fd = c->data_fd = -1;
+	c->file_fd = fcntl(file_fd, F_DUPFD_CLOEXEC, 3);
+	if (c->file_fd < 0)
+		return -errno;
+	c->nr_pages = (size + UVM_PAGE - 1) >> UVM_PAGE_SHIFT;
+	c->writable = writable;
+	memset(c->alias, 0, sizeof c->alias);
+	c->seen_wb_err = 0;
+	c->data_fd = rc = sys_memfd_create("uffd_vm-cache");
+	if (rc < 0)
+		return rc;
+	if (ftruncate(c->data_fd, (off_t)(c->nr_pages << UVM_PAGE_SHIFT)) < 0)
+		return -errno;
+	c->ctl_fd = rc = sys_memfd_create("uffd_vm-folios");
+	if (rc < 0)
+		return rc;
+	rc = shared_map(c, cap_bytes >> UVM_PAGE_SHIFT ? cap_bytes >> UVM_PAGE_SHIFT : 1);
+	if (rc < 0)
+		return rc;
+	c->shared->ctl.size = size;
+	c->shared->ctl.mtime_ns = mtime_ns;
+	rc = slot_attach(c);
+	if (rc < 0) {
+		sys_munmap((uint64_t)(uintptr_t)c->fifo, c->shared->fifo_size * sizeof *c->fifo);
+		sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
+	}
+	return rc;
+}
+
+int uvm_cache_create(int file_fd, uint64_t size, int64_t mtime_ns, uint64_t cap_bytes, int writable)
+{
+	int rc = -ENOSPC;
+	if (!size)
+		return -EINVAL;
+	pthread_mutex_lock(&uvm_space.mutex);
+	for (int id = 0; id < UVM_MAX_CACHES; id++) {
+		struct uvm_cache *c = &caches[id];
+		if (atomic_load(&c->in_use))
+			continue;
+		rc = cache_make(c, file_fd, size, mtime_ns, cap_bytes, writable);
+		if (rc < 0) {
+			close_fds(c);
+			break;
+		}
+		c->id = id;
+		atomic_store(&c->in_use, 1);
+		atomic_store(&c->refs, 1);
+		uvm_space.nr_caches++;
+		rc = id;
+		break;
+	}
+	pthread_mutex_unlock(&uvm_space.mutex);
+	return rc;
+}
+
+struct uvm_cache *uvm_cache_get(int id)
+{
+	if (id < 0 || id >= UVM_MAX_CACHES || !atomic_load(&caches[id].refs))
+		return NULL;
+	return &caches[id];
+}
+
+void uvm_cache_ref(struct uvm_cache *c)
+{
+	atomic_fetch_add(&c->refs, 1);
+}
+
+void uvm_cache_unref(struct uvm_cache *c)
+{
+	if (atomic_fetch_sub(&c->refs, 1) != 1)
+		return;
+	for (int s = 0; s < 3; s++)
+		if (c->alias[s])
+			sys_munmap(c->alias[s], c->nr_pages << UVM_PAGE_SHIFT);
+	slot_detach(c);
+	sys_munmap((uint64_t)(uintptr_t)c->fifo, c->shared->fifo_size * sizeof *c->fifo);
+	sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
+	close_fds(c);
+	__atomic_fetch_sub(&uvm_space.nr_caches, 1, __ATOMIC_RELAXED);
+	atomic_store(&c->in_use, 0); /* last: now the slot may be taken again */
+}
+
+int uvm_cache_put(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	if (!c)
+		return -EINVAL;
+	uvm_cache_unref(c);
+	return 0;
+}
+
+int uvm_cache_data_fd(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	return c ? c->data_fd : -EINVAL;
+}
+int uvm_cache_ctl_fd(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	return c ? c->ctl_fd : -EINVAL;
+}
+int uvm_cache_file_fd(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	return c ? c->file_fd : -EINVAL;
+}
+struct uvm_cache_ctl *uvm_cache_ctl(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	return c ? &c->shared->ctl : NULL;
+}
+uint32_t *uvm_cache_folios(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	return c ? (uint32_t *)c->folios : NULL;
+}
+
+static int alias_map(struct uvm_cache *c, int service)
+{
+	uint64_t bytes = c->nr_pages << UVM_PAGE_SHIFT;
+	int rc = sys_mmap(0, bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, c->data_fd, 0,
+			  &c->alias[service]);
+	if (rc < 0) {
+		c->alias[service] = 0;
+		return rc;
+	}
+	(void)sys_madvise(c->alias[service], bytes, MADV_NOHUGEPAGE);
+	rc = sys_madvise(c->alias[service], bytes, MADV_DONTFORK);
+	c->alias_epoch[service] = uvm_service_epoch(service);
+	if (rc == 0)
+		rc = sys_uffd_register(uvm_service_uffd(service), c->alias[service], bytes,
+				       UFFDIO_REGISTER_MODE_MISSING, NULL);
+	if (rc < 0) {
+		sys_munmap(c->alias[service], bytes);
+		c->alias[service] = 0;
+	}
+	return rc;
+}
+
+int uvm_cache_alias(struct uvm_cache *c, int service)
+{
+	/* The uffd of an earlier run of the service took the registration along when it closed. */
+	if (c->alias[service] && c->alias_epoch[service] != uvm_service_epoch(service)) {
+		sys_munmap(c->alias[service], c->nr_pages << UVM_PAGE_SHIFT);
+		c->alias[service] = 0;
+	}
+	return c->alias[service] ? 0 : alias_map(c, service);
+}
+
+/* In a forked child: the parent's slot is the parent's; the aliases were not inherited. */
+int uvm_cache_child_attach(struct uvm_cache *c)
+{
+	int rc = slot_attach(c);
+	for (int s = 0; rc == 0 && s < 3; s++) {
+		if (!c->alias[s])
+			continue;
+		c->alias[s] = 0;
+		if (uvm_service_uffd(s) >= 0)
+			rc = alias_map(c, s);
+	}
+	return rc;
+}
+
+uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)
+{
+	off_t from = (off_t)(UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t));
+	off_t at = lseek(c->ctl_fd, from, SEEK_DATA);
+	if (at < 0)
+		return c->nr_pages;
+	if (at > from)
+		index = ((uint64_t)at - UVM_CACHE_CTL_BYTES) / sizeof(uint32_t);
+	return index < c->nr_pages ? index : c->nr_pages;
+}
+
+/* ---- reading -------------------------------------------------------------------------------------------- */
+/* Reads whole pages of the file, zeros behind its end, and makes sure that they are of the version that
+ * was mapped. nowait: -EAGAIN when a disk would have to be waited for.
+ * -ENODATA: the file is shorter now; -ESTALE: it was changed. */
+int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void *buf, bool nowait)
+{
+	struct uvm_cache_ctl *ctl = &c->shared->ctl;
+	uint64_t off = index << UVM_PAGE_SHIFT, len = nr_pages << UVM_PAGE_SHIFT, want = len, got = 0;
+	struct stat st;
+
+	if (off + want > ctl->size)
+		want = ctl->size - off;
+	while (got < want) {
+		int64_t n = nowait ? sys_pread_nowait(c->file_fd, (char *)buf + got, want - got,
+						      (int64_t)(off + got))
+				   : sys_pread(c->file_fd, (char *)buf + got, want - got,
+					       (int64_t)(off + got));
+		if (n == -EINTR)
+			continue;
+		if (nowait && (n == -EOPNOTSUPP || n == -ENOSYS))
+			return -EAGAIN;
+		if (n < 0)
+			return (int)n;
+		if (n == 0) {
+			if (nowait)
+				return -EAGAIN;
+			break;
+		}
+		got += (uint64_t)n;
+	}
+	int rc = sys_fstat(c->file_fd, &st);
+	if (rc < 0)
+		return rc;
+	if ((uint64_t)st.st_size < ctl->size || got < want)
+		return -ENODATA;
+	/* A file that we write changes by our own hand; the lock keeps others out. */
+	int64_t mtime_ns = (int64_t)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
+	if (!c->writable && ((uint64_t)st.st_size != ctl->size || mtime_ns != ctl->mtime_ns))
+		return -ESTALE;
+	if (want < len)
+		memset((char *)buf + want, 0, len - want);
+	return 0;
+}
+
+/* ---- the cap ---------------------------------------------------------------------------------------------- */
+static void fifo_lock(struct uvm_cache *c)
+{
+	if (pthread_mutex_lock(&c->shared->fifo_lock) == EOWNERDEAD)
+		pthread_mutex_consistent(&c->shared->fifo_lock); /* head and tail move in one store each */
+}
+
+static bool fifo_pop(struct uvm_cache *c, struct uvm_extent *e)
+{
+	struct uvm_cache_shared *s = c->shared;
+	fifo_lock(c);
+	bool some = s->fifo_head != s->fifo_tail;
+	if (some) {
+		*e = c->fifo[s->fifo_head % s->fifo_size];
+		s->fifo_head++;
+	}
+	pthread_mutex_unlock(&s->fifo_lock);
+	return some;
+}
+
+static bool fifo_push(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_cache_shared *s = c->shared;
+	fifo_lock(c);
+	bool room = s->fifo_tail - s->fifo_head < s->fifo_size;
+	if (room) {
+		c->fifo[s->fifo_tail % s->fifo_size] = (struct uvm_extent){index, nr_pages};
+		s->fifo_tail++;
+	}
+	pthread_mutex_unlock(&s->fifo_lock);
+	return room;
+}
+
+/* Entries of pages that were evicted out of turn stay until reclaim meets them. When they fill the
+ * queue the oldest extent goes: every page in the cache is in the queue, so none is forgotten. */
+void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_extent e;
+	while (!fifo_push(c, index, nr_pages)) {
+		if (!fifo_pop(c, &e))
+			continue;
+		uint64_t kept = 0;
+		uvm_cache_evict(c, e.index, e.nr_pages);
+		for (uint64_t i = e.index; i < e.index + e.nr_pages; i++)
+			kept += uvm_folio_state(atomic_load(&c->folios[i])) != UVM_FOLIO_ABSENT;
+		if (kept && kept < nr_pages + e.nr_pages && !fifo_push(c, e.index, e.nr_pages))
+			continue;
+	}
+}
+
+/* Drops clean pages of [index, index + nr_pages), run by run; the memory goes at once, everywhere. */
+int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+{
+	uint64_t end = index + nr_pages;
+	int64_t done = 0;
+	if (nr_pages > UVM_PMD_PAGES)
+		index = uvm_cache_next_touched(c, index);
+	while (index < end) {
+		uint64_t run = index;
+		while (run < end && run - index < UVM_PMD_PAGES &&
+		       uvm_folio_move(c, run, UVM_FOLIO_UPTODATE, UVM_FOLIO_EVICTING))
+			run++;
+		if (run > index) {
+			int rc = sys_punch_hole(c->data_fd, (int64_t)(index << UVM_PAGE_SHIFT),
+						(int64_t)((run - index) << UVM_PAGE_SHIFT));
+			for (uint64_t i = index; i < run; i++)
+				uvm_folio_move(c, i, UVM_FOLIO_EVICTING,
+					       rc < 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_ABSENT);
+			if (rc < 0)
+				return rc;
+			uvm_cache_uncharge(c, run - index);
+			done += (int64_t)(run - index);
+			index = run;
+		} else {
+			index++;
+		}
+		if (index % 1024 == 0)
+			index = uvm_cache_next_touched(c, index);
+	}
+	return done;
+}
+
+/* Takes back at least nr_pages, oldest first. Returns what it got. */
+static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back)
+{
+	struct uvm_extent e;
+	uint64_t got = 0, left;
+	fifo_lock(c);
+	left = c->shared->fifo_tail - c->shared->fifo_head; /* each extent once */
+	pthread_mutex_unlock(&c->shared->fifo_lock);
+	while (got < nr_pages && left-- > 0 && fifo_pop(c, &e)) {
+		int64_t n = uvm_cache_evict(c, e.index, e.nr_pages);
+		bool kept = false, dirty = false;
+		for (uint64_t i = e.index; i < e.index + e.nr_pages; i++) {
+			unsigned state = uvm_folio_state(atomic_load(&c->folios[i]));
+			dirty |= state == UVM_FOLIO_DIRTY;
+			kept |= state != UVM_FOLIO_ABSENT;
+		}
+		if (dirty && may_write_back) {
+			(void)uvm_cache_write_back(c, e.index, e.nr_pages);
+			int64_t more = uvm_cache_evict(c, e.index, e.nr_pages);
+			kept = false;
+			for (uint64_t i = e.index; i < e.index + e.nr_pages; i++)
+				kept |= uvm_folio_state(atomic_load(&c->folios[i])) != UVM_FOLIO_ABSENT;
+			n = (n > 0 ? n : 0) + (more > 0 ? more : 0);
+		}
+		if (kept)
+			(void)fifo_push(c, e.index, e.nr_pages); /* we popped one: there is room, or reclaim of
+								  * another thread holds its place */
+		got += n > 0 ? (uint64_t)n : 0;
+	}
+	return got;
+}
+
+/* memcg charge before commit: reclaim first when it would go over the cap. False: no room without
+ * writing back, and the caller may not wait for that. A caller that may goes over the cap when nothing
+ * can be taken back (all pages dirty in processes out of our reach): late memory beats a hang. */
+bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back)
+{
+	struct uvm_cache_ctl *ctl = &c->shared->ctl;
+	bool give_way = false;
+	for (int tries = 0;; tries++) {
+		uint64_t used = __atomic_add_fetch(&ctl->nr_used, nr_pages, __ATOMIC_RELAXED);
+		if (used <= ctl->cap_pages || give_way) {
+			uint64_t peak = __atomic_load_n(&ctl->nr_peak, __ATOMIC_RELAXED);
+			while (used > peak && !__atomic_compare_exchange_n(&ctl->nr_peak, &peak, used, true,
+									   __ATOMIC_RELAXED,
+									   __ATOMIC_RELAXED))
+				;
+			return true;
+		}
+		__atomic_fetch_sub(&ctl->nr_used, nr_pages, __ATOMIC_RELAXED);
+		/* A little more than asked, so that not every fault comes here. */
+		uint64_t want = used - ctl->cap_pages + ctl->cap_pages / 64;
+		if (reclaim(c, want, may_write_back))
+			continue;
+		if (!may_write_back)
+			return false;
+		/* Nothing to take: other threads are filling what is charged (wait for them), or all of it
+		 * is dirty and a forked child may write to it. */
+		give_way = tries >= CHARGE_TRIES || (tries > 2 && others_attached(c));
+		usleep(500);
+	}
+}
+
+void uvm_cache_uncharge(struct uvm_cache *c, uint64_t nr_pages)
+{
+	__atomic_fetch_sub(&c->shared->ctl.nr_used, nr_pages, __ATOMIC_RELAXED);
+}
+
+/* ---- write-back --------------------------------------------------------------------------------------------- */
+struct protect_arg {
+	struct uvm_cache *c;
+	uint64_t index, nr_pages;
+	int rc;
+};
+
+/* Write-protects a run of folios in one region of this process, as page_mkclean() does by rmap. */
+static void protect_in_region(struct uvm_region *r, void *data)
+{
+	struct protect_arg *a = data;
+	uint64_t first = a->index, end = a->index + a->nr_pages;
+	if (r->cache != a->c || !r->writable || r->backing != UVM_BACKING_SHARED_FILE || a->rc < 0 ||
+	    atomic_load(&r->state) == UVM_REGION_FREE)
+		return;
+	if (first < r->pgoff)
+		first = r->pgoff;
+	if (end > r->pgoff + r->nr_pages)
+		end = r->pgoff + r->nr_pages;
+	while (first < end && a->rc == 0) {
+		uint64_t index = first - r->pgoff, addr = uvm_region_addr(r, index);
+		uint64_t n = end - first, to_pmd = UVM_PMD_PAGES - (addr >> UVM_PAGE_SHIFT) % UVM_PMD_PAGES;
+		if (n > to_pmd)
+			n = to_pmd;
+		uvm_ptl_lock(addr);
+		a->rc = sys_uffd_writeprotect(uvm_service_uffd(r->service), addr, n << UVM_PAGE_SHIFT,
+					      UFFDIO_WRITEPROTECT_MODE_WP);
+		for (uint64_t i = index; i < index + n && a->rc == 0; i++)
+			if (atomic_load(&r->ptes[i]) == UVM_PTE_PRESENT)
+				uvm_set_pte(r, i, UVM_PTE_WRITE_PROTECTED);
+		uvm_ptl_unlock(addr);
+		first += n;
+	}
+	if (a->rc == -ENOENT) /* being closed, or a placeholder stands in it: its pages stay dirty */
+		a->rc = -EBUSY;
+}
+
+static int copy_out(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char *buf)
+{
+	uint64_t off = index << UVM_PAGE_SHIFT, len = nr_pages << UVM_PAGE_SHIFT, done = 0;
+	if (off + len > c->shared->ctl.size)
+		len = c->shared->ctl.size - off;
+	while (done < len) {
+		int64_t n = sys_pread(c->data_fd, buf + done, len - done, (int64_t)(off + done));
+		if (n <= 0 && n != -EINTR)
+			return n < 0 ? (int)n : -EIO;
+		done += n > 0 ? (uint64_t)n : 0;
+	}
+	for (done = 0; done < len;) {
+		int64_t n = sys_pwrite(c->file_fd, buf + done, len - done, (int64_t)(off + done));
+		if (n <= 0 && n != -EINTR)
+			return n < 0 ? (int)n : -EIO;
+		done += n > 0 ? (uint64_t)n : 0;
+	}
+	return 0;
+}
+
+/* One run of dirty folios: protect first, then copy, then clean unless written again meanwhile. */
+static int write_back_run(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char *buf, bool clean)
+{
+	struct protect_arg a = {c, index, nr_pages, 0};
+	int rc = 0;
+	if (clean) {
+		uvm_for_each_region(protect_in_region, &a);
+	}
+	rc = copy_out(c, index, nr_pages, buf);
+	if (rc < 0) {
+		__atomic_store_n(&c->shared->ctl.wb_err, -rc, __ATOMIC_RELEASE);
+		__atomic_fetch_add(&c->shared->ctl.wb_err_seq, 1, __ATOMIC_ACQ_REL);
+	}
+	if (!clean)
+		return rc;
+	unsigned to = rc == 0 && a.rc == 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_DIRTY;
+	for (uint64_t i = index; i < index + nr_pages; i++)
+		if (uvm_folio_move(c, i, UVM_FOLIO_WRITEBACK, to) && to == UVM_FOLIO_UPTODATE)
+			__atomic_fetch_sub(&c->shared->ctl.nr_dirty, 1, __ATOMIC_RELAXED);
+	return rc;
+}
+
+/* Writes the dirty pages of the range to the file. With other processes attached their page tables
+ * cannot be protected from here, so pages are written but stay dirty: nothing is lost, some is written
+ * twice. Returns the first error; pages that failed stay dirty. */
+int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+{
+	uint64_t p, end = index + nr_pages;
+	int first_rc = 0;
+	bool clean = !others_attached(c);
+	int rc = sys_mmap(0, WRITE_BACK_PAGES << UVM_PAGE_SHIFT, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, &p);
+	if (rc < 0)
+		return rc;
+	if (nr_pages > UVM_PMD_PAGES)
+		index = uvm_cache_next_touched(c, index);
+	while (index < end) {
+		uint64_t run = index;
+		while (run < end && run - index < WRITE_BACK_PAGES &&
+		       (clean ? uvm_folio_move(c, run, UVM_FOLIO_DIRTY, UVM_FOLIO_WRITEBACK)
+			      : uvm_folio_state(atomic_load(&c->folios[run])) == UVM_FOLIO_DIRTY))
+			run++;
+		if (run > index) {
+			rc = write_back_run(c, index, run - index, (char *)(uintptr_t)p, clean);
+			if (rc < 0 && first_rc == 0)
+				first_rc = rc;
+			index = run;
+		} else if (uvm_folio_state(atomic_load(&c->folios[index])) == UVM_FOLIO_WRITEBACK ||
+			   (!clean && uvm_folio_state(atomic_load(&c->folios[index])) ==
+					      UVM_FOLIO_FILLING)) {
+			/* Another thread writes it, and its dirt is older than this call; or a forked child
+			 * fills it, which may have let a store in before it says so. Wait. */
+			if (uvm_cache_take_over_dead(c, index))
+				continue;
+			usleep(200);
+			continue;
+		} else {
+			index++;
+		}
+		if (index % 1024 == 0)
+			index = uvm_cache_next_touched(c, index);
+	}
+	sys_munmap(p, WRITE_BACK_PAGES << UVM_PAGE_SHIFT);
+	return first_rc;
+}

@@ -1,0 +1,94 @@
+/* fork(): the child goes on using its regions, by its own uffds, its own tables and its own threads.
+ *
+ * Facts: without an event the child's copy of a registered range is plain memory: a missing page reads
+ * as zeros, write protection is gone, and no thread of ours exists. The inherited uffd is the parent's.
+ *   -> The child handler opens uffds, maps shared regions again (they are MADV_DONTFORK), registers and
+ *      re-arms everything before fork() returns. Until then only this one thread runs.
+ *   -> What cannot be made good is made inaccessible: SIGSEGV is a crash, zeros are data loss.
+ * _Fork() and raw clone() run no handlers: shared regions are absent there, private ones read zeros. */
+#include "internal.h"
+
+static void child_region(struct uvm_region *r, void *arg)
+{
+	int rc = *(int *)arg;
+	if (rc == 0)
+		rc = uvm_region_child(r);
+	if (rc < 0) {
+		static const char text[] = "uffd_vm: a region could not be served in a forked child "
+					   "and was made inaccessible there\n";
+		(void)!write(STDERR_FILENO, text, sizeof text - 1);
+		(void)mprotect((void *)(uintptr_t)r->start, r->len, PROT_NONE);
+	}
+}
+
+static struct uvm_cache *seen[UVM_MAX_CACHES];
+static int nr_seen, attach_rc;
+
+static void child_cache(struct uvm_region *r, void *arg)
+{
+	(void)arg;
+	if (!r->cache)
+		return;
+	for (int i = 0; i < nr_seen; i++)
+		if (seen[i] == r->cache)
+			return;
+	seen[nr_seen++] = r->cache;
+	int rc = uvm_cache_child_attach(r->cache);
+	if (rc < 0 && attach_rc == 0)
+		attach_rc = rc;
+}
+
+static void before(void)
+{
+	pthread_mutex_lock(&uvm_space.mutex);
+	uvm_spans_lock();
+	uvm_ptl_lock_all(); /* no commit is half published in what the child inherits */
+	uvm_service_prepare();
+	uvm_failure_prepare();
+}
+
+static void in_parent(void)
+{
+	uvm_failure_parent();
+	uvm_service_parent();
+	uvm_ptl_unlock_all();
+	uvm_spans_unlock();
+	pthread_mutex_unlock(&uvm_space.mutex);
+}
+
+static void in_child(void)
+{
+	int rc;
+	uvm_failure_child();
+	if (uvm_space.pagemap_fd >= 0)
+		close(uvm_space.pagemap_fd);
+	uvm_space.pagemap_fd = -1;
+	uvm_ptl_unlock_all();
+	if (uvm_space.nr_regions) {
+		rc = uvm_service_child_uffds();
+		nr_seen = attach_rc = 0;
+		uvm_for_each_region_locked(child_cache, NULL);
+		if (rc == 0)
+			rc = attach_rc;
+		uvm_for_each_region_locked(child_region, &rc);
+		if (uvm_service_child_threads() < 0) {
+			rc = -EAGAIN;
+			uvm_for_each_region_locked(child_region, &rc);
+		}
+		uvm_space.nr_forked++;
+	} else {
+		uvm_service_parent();
+	}
+	uvm_spans_unlock();
+	pthread_mutex_unlock(&uvm_space.mutex);
+}
+
+int uvm_fork_handlers_install(void)
+{
+	static bool installed;
+	if (installed)
+		return 0;
+	int rc = pthread_atfork(before, in_parent, in_child);
+	installed = rc == 0;
+	return -rc;
+}

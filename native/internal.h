@@ -1,0 +1,294 @@
+/* What the native files share with each other, and nobody else: the objects, and who may touch them.
+ *
+ * Lock order, outermost first: space.mutex > spans lock > ptl (one per 2 MiB of address space, as the kernel's
+ * split page-table locks) > cache.fifo_lock > parked.mutex, queue.mutex. No lock is held across file
+ * I/O; a ptl is held across exactly the ioctl that commits and the store that publishes it. */
+#ifndef UVM_INTERNAL_H
+#define UVM_INTERNAL_H
+
+#include "sys.h"
+
+#include <pthread.h>
+
+#include "policy_tables.h"
+
+enum {
+	UVM_PAGE_SHIFT = 12,
+	UVM_PAGE = 1 << UVM_PAGE_SHIFT,
+	UVM_PTL_SHARDS = 64,
+	UVM_PMD_PAGES = 512,
+	UVM_MAX_REGIONS = 65536,
+	UVM_MAX_CACHES = 65536,
+	UVM_CACHE_SLOTS = 256, /* processes that may fill one cache at a time */
+	UVM_MAX_PARKED = 4096,
+	UVM_MAX_JOBS = 1024,
+	UVM_MAX_WORKERS = 32,
+	UVM_BUFFER_BYTES = UVM_PMD_PAGES * UVM_PAGE,
+	UVM_FAILURES = 64,
+};
+
+#define UVM_NO_INDEX UINT64_MAX
+
+/* ---- policy rows: the layout that fault/table.py packs ------------------------------------------ */
+struct uvm_row {
+	uint8_t id, action, commit, next_pte; /* next_pte may be UVM_PTE_KEEP */
+	uint32_t result;
+	uint16_t nr_charge, part4;
+	uint16_t may_add; /* VM_FAULT_* bits that only the executor can know */
+	uint8_t fallback, pad;
+	uint64_t counters;
+};
+_Static_assert(sizeof(struct uvm_row) == 24, "fault/table.py packs 24 bytes a row");
+struct uvm_settled {
+	uint8_t settlement;
+	uint8_t row; /* that it ends in; 0xff: none */
+	uint8_t pad[2];
+	uint32_t result;
+};
+_Static_assert(sizeof(struct uvm_settled) == 8, "fault/table.py packs 8 bytes a settle cell");
+
+const struct uvm_row *uvm_row(int id);
+const struct uvm_row *uvm_decide(int kind, int access, int backing, int pte, unsigned flags);
+const struct uvm_settled *uvm_settlement(int commit, int errno_class);
+/* What the kernel's own answer (UVM_TRUTH_*) means after VERIFY, or for Action SCAN (commit WAKE). */
+const struct uvm_settled *uvm_settle_truth(int commit, int truth, int backing);
+int uvm_classify(struct uvm_done done);
+
+/* ---- page cache ---------------------------------------------------------------------------------- */
+/* One process that fills a shared cache. A folio word names its filler by slot and epoch, so that
+ * FILLING of a dead process is recognised (and taken over) and never confused with a new one. */
+struct uvm_cache_slot {
+	_Atomic int32_t pid;
+	_Atomic uint32_t epoch;
+	_Atomic uint64_t start_time; /* field 22 of /proc/pid/stat */
+};
+
+/* Extents in the order they were filled: what reclaim takes first (recency is not visible to us). */
+struct uvm_extent {
+	uint64_t index;
+	uint64_t nr_pages;
+};
+
+/* In the control memfd, behind struct uvm_cache_ctl. */
+struct uvm_cache_shared {
+	struct uvm_cache_ctl ctl;
+	pthread_mutex_t fifo_lock; /* process-shared, robust */
+	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
+	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
+};
+_Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache header");
+
+struct uvm_cache {
+	int id;
+	int file_fd, data_fd, ctl_fd;
+	int writable;
+	_Atomic int in_use;
+	_Atomic int refs; /* creator, regions, reads in flight; the last one frees */
+	uint64_t nr_pages;
+	struct uvm_cache_shared *shared;
+	_Atomic uint32_t *folios;
+	struct uvm_extent *fifo;
+	size_t shared_bytes;
+	/* Registered shared mappings of the data memfd, one a service: they exist only to fill under
+	 * private mappings, where UFFDIO_COPY would make anonymous pages instead. */
+	uint64_t alias[3];
+	uint64_t alias_epoch[3]; /* of the uffd it is registered with */
+	uint32_t owner; /* slot | epoch << 8 of this process */
+	uint64_t seen_wb_err;
+	_Atomic int reclaiming;
+};
+
+static inline unsigned uvm_folio_state(uint32_t word)
+{
+	return word & 0xff;
+}
+static inline bool uvm_folio_move(struct uvm_cache *c, uint64_t index, unsigned from, unsigned to)
+{
+	uint32_t word = atomic_load_explicit(&c->folios[index], memory_order_acquire);
+	while (uvm_folio_state(word) == from)
+		if (atomic_compare_exchange_weak(&c->folios[index], &word, to | c->owner << 8))
+			return true;
+	return false;
+}
+
+struct uvm_cache *uvm_cache_get(int id); /* NULL when there is none */
+void uvm_cache_ref(struct uvm_cache *c);
+void uvm_cache_unref(struct uvm_cache *c);
+int uvm_cache_alias(struct uvm_cache *c, int service); /* makes it; space.mutex held */
+bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back);
+void uvm_cache_uncharge(struct uvm_cache *c, uint64_t nr_pages);
+void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
+bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index);
+int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
+int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
+int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void *buf, bool nowait);
+/* The first index >= index whose folio words were ever written; nr_pages if none. */
+uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index);
+int uvm_cache_child_attach(struct uvm_cache *c);
+
+/* ---- regions ------------------------------------------------------------------------------------- */
+enum uvm_region_state { UVM_REGION_FREE, UVM_REGION_LIVE, UVM_REGION_CLOSING };
+
+struct uvm_region {
+	/* Slots are type-stable: a look-up may read a freed one, and sees that by state and generation. */
+	_Atomic int state;
+	_Atomic uint32_t generation;
+	_Atomic int in_flight; /* executors inside it; close waits for 0 */
+	uint32_t slot;
+
+	/* Constant while the region lives. */
+	uint64_t start, len, nr_pages, pgoff;
+	int backing, service, writable, on_error;
+	unsigned flags; /* FaultFlag */
+	int prot;
+	uint64_t register_mode;
+	struct uvm_cache *cache; /* NULL: anonymous */
+	uint32_t fault_around_pages, readahead_pages;
+	uint64_t deadline_ns;
+	struct uvm_region_ctl *ctl;
+	_Atomic uint8_t *ptes;
+	size_t ctl_bytes;
+	int ctl_fd; /* -1: private memory */
+	uint8_t *touched; /* one byte per UVM_PAGE of ptes: something was ever set there */
+
+	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
+	_Atomic uint64_t ra_next, ra_async_end;
+	_Atomic uint32_t ra_window;
+
+	/* The last failures, newest overwrites oldest; under failure_lock. */
+	pthread_mutex_t failure_lock;
+	struct uvm_failure failures[UVM_FAILURES];
+	_Atomic uint64_t nr_failures;
+	struct uvm_failure sticky; /* region != 0: nobody could be told */
+};
+
+static inline int64_t uvm_region_handle(const struct uvm_region *r)
+{
+	return (int64_t)((uint64_t)atomic_load(&r->generation) << 32 | (r->slot + 1));
+}
+static inline uint64_t uvm_region_addr(const struct uvm_region *r, uint64_t index)
+{
+	return r->start + (index << UVM_PAGE_SHIFT);
+}
+
+/* Both return with in_flight taken, or NULL; put gives it back. A CLOSING region is found too: its
+ * faults are woken, not served. */
+struct uvm_region *uvm_region_find(uint64_t address);
+struct uvm_region *uvm_region_by_handle(int64_t handle);
+void uvm_region_put(struct uvm_region *r);
+/* Calls fn for every region, CLOSING ones too, in address order, with the span list held still. */
+void uvm_for_each_region(void (*fn)(struct uvm_region *r, void *arg), void *arg);
+void uvm_spans_lock(void);
+void uvm_spans_unlock(void);
+void uvm_for_each_region_locked(void (*fn)(struct uvm_region *r, void *arg), void *arg);
+int uvm_region_child(struct uvm_region *r); /* after fork: map, register and arm it again */
+
+/* The page-table lock of the 2 MiB that hold address. */
+void uvm_ptl_lock(uint64_t address);
+void uvm_ptl_unlock(uint64_t address);
+void uvm_ptl_lock_all(void);
+void uvm_ptl_unlock_all(void);
+void uvm_set_pte(struct uvm_region *r, uint64_t index, unsigned to); /* ptl held */
+/* The first index >= index whose table page was ever written; nr_pages if none: walks over a 1 TiB
+ * region cost what was touched. */
+uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index);
+void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsigned to);
+
+/* ---- the services' uffds ------------------------------------------------------------------------- */
+int uvm_service_uffd(int service); /* -1: not started */
+uint64_t uvm_service_epoch(int service); /* counts its uffds */
+int uvm_service_start(int service); /* space.mutex held; counts users */
+void uvm_service_stop(int service); /* space.mutex held */
+/* Around fork: prepare holds the queue still; in the child there is no thread of ours any more, so the
+ * uffds are made first, then (when the regions are registered again) the threads. */
+void uvm_service_prepare(void);
+void uvm_service_parent(void);
+int uvm_service_child_uffds(void);
+int uvm_service_child_threads(void);
+/* Moves a user from one service to another: a python-served region continues natively in a child. */
+int uvm_service_child_move(int from, int to);
+
+/* ---- one fault ----------------------------------------------------------------------------------- */
+struct uvm_fault {
+	uint64_t address;
+	uint64_t t_ns; /* when the message was read */
+	uint32_t tid;
+	uint8_t kind, access, tries;
+	uint8_t service;
+};
+
+/* What an executing thread brings along. */
+struct uvm_executor {
+	uint8_t *buf;   /* UVM_BUFFER_BYTES, resident, never inside a region */
+	bool may_block; /* file reads may wait here (workers, inline, load) */
+	int service;
+};
+
+/* mm/memory.c handle_mm_fault(): prologue, decide, act, settle, account. Returns VM_FAULT_* bits;
+ * RETRY: the fault is parked (or queued) and will be started again from the top. */
+uint32_t uvm_handle_mm_fault(struct uvm_executor *x, struct uvm_fault *f);
+unsigned uvm_walk(struct uvm_region *r, uint64_t index, int kind, unsigned *flags);
+/* Fills absent pages of [index, index+nr) of a file region, or zero-fills anonymous ones, without a
+ * fault. `wait`: pages that somebody else is filling are waited for, else left to them. The region
+ * is let go of while a read waits: *region is NULL if it was closed meanwhile (-ESTALE).
+ * Returns pages done or -errno of the first page that failed. */
+int64_t uvm_fill_range(struct uvm_executor *x, struct uvm_region **region, uint64_t index,
+		       uint64_t nr_pages, bool wait, uint64_t *failed_index);
+void uvm_executor_init(struct uvm_executor *x, bool may_block, int service);
+void uvm_executor_deinit(struct uvm_executor *x);
+
+/* Read-ahead and prefetch jobs of the worker threads. -EAGAIN: the queue is full. */
+int uvm_queue_fill(int64_t region, uint64_t index, uint64_t nr_pages);
+int uvm_queue_fault(const struct uvm_fault *f); /* parks it too */
+void uvm_queue_drop(int64_t region);
+int uvm_park(const struct uvm_fault *f);
+void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint32_t result);
+void uvm_poke_fault_thread(void);
+
+/* ---- failure (failure.c) -------------------------------------------------------------------------- */
+/* Records why a page failed; the caller poisons it. */
+void uvm_failure_record(struct uvm_region *r, uint64_t index, int kind, int err);
+/* Poisons one page of r so that its waiters get SIGBUS (or EFAULT in a syscall); ptl NOT held. The
+ * janitor makes it missing again after UVM_POISON_TTL_NS, so that the next access tries again. */
+struct uvm_done uvm_poison_page(struct uvm_region *r, uint64_t index);
+/* A fault in the touching thread itself failed (inline service): called inside the SIGBUS handler. */
+void uvm_failure_deliver_here(struct uvm_region *r, uint64_t index);
+/* Drops what failure.c holds of a closing region (placeholders, poison timers). */
+void uvm_failure_forget(struct uvm_region *r);
+void uvm_failure_child(void); /* after fork */
+void uvm_failure_prepare(void);
+void uvm_failure_parent(void);
+int uvm_failure_nr_placeholders(void);
+/* Inline service: resolves a SIGBUS at address in the touching thread. 1: return and retry; 0: not ours. */
+int uvm_inline_fault(uint64_t address, int si_code, bool write);
+/* The fault thread's question while a fault of tid waits long: did Ctrl-C arrive meanwhile? */
+void uvm_interrupt_watch(bool on);
+bool uvm_interrupt_pending(uint32_t tid);
+
+/* ---- counters, trace (trace.c) -------------------------------------------------------------------- */
+static inline void uvm_count(struct uvm_region *r, int counter, uint64_t n)
+{
+	__atomic_fetch_add(&r->ctl->counters[counter], n, __ATOMIC_RELAXED);
+}
+void uvm_count_row(struct uvm_region *r, const struct uvm_row *row);
+/* mm_account_fault() */
+void uvm_mm_account_fault(struct uvm_region *r, uint32_t result, bool tried);
+unsigned uvm_latency_bucket(uint64_t ns);
+void uvm_trace(struct uvm_region *r, const struct uvm_fault *f, uint64_t index, unsigned pte,
+	       unsigned flags, const struct uvm_row *row, uint32_t result, int err,
+	       uint32_t nr_pages, int settlement);
+
+/* ---- this process ---------------------------------------------------------------------------------- */
+struct uvm_space {
+	pthread_mutex_t mutex; /* the mmap_lock of our table: create, close, fork */
+	struct uvm_config config;
+	bool configured;
+	int pagemap_fd; /* /proc/self/pagemap, -1 until first use; reopened after fork */
+	uint64_t nr_regions, nr_caches, nr_forked;
+};
+extern struct uvm_space uvm_space;
+int uvm_fork_handlers_install(void); /* idempotent */
+/* What the kernel's page table says of one page: UVM_TRUTH_*, or -errno. */
+int uvm_kernel_truth(struct uvm_region *r, uint64_t index);
+
+#endif

@@ -1,0 +1,844 @@
+/* The region table (the kernel's VMA tree), the page-table bytes, and what a user asks of a region
+ * outside a fault.
+ *
+ * Look-ups come from fault threads and from a SIGBUS handler, so they take no lock: a sequence count
+ * guards the sorted span array, and slots are type-stable, so that a look-up that lost a race reads a
+ * slot that is valid memory and sees by state and range that it lost. */
+#include "internal.h"
+
+#include <stdlib.h>
+
+struct span {
+	_Atomic uint64_t start, end;
+	_Atomic uint32_t slot;
+};
+
+struct uvm_space uvm_space = {.mutex = PTHREAD_MUTEX_INITIALIZER, .pagemap_fd = -1};
+
+static struct uvm_region *slots;
+static struct span *spans;
+static _Atomic uint32_t nr_spans;
+static _Atomic uint32_t spans_seq; /* odd while the array changes */
+static uint32_t nr_slots;	   /* high-water mark */
+static pthread_mutex_t spans_lock = PTHREAD_MUTEX_INITIALIZER; /* writers, and whoever walks the list */
+static pthread_mutex_t ptls[UVM_PTL_SHARDS];
+
+#define MADV_OR_IGNORE(addr, len, advice) ((void)sys_madvise(addr, len, advice))
+
+static int table_init(void) /* space.mutex held */
+{
+	uint64_t p;
+	int rc;
+
+	if (slots)
+		return 0;
+	rc = sys_mmap(0, UVM_MAX_REGIONS * sizeof *spans, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &p);
+	if (rc < 0)
+		return rc;
+	spans = (void *)(uintptr_t)p;
+	rc = sys_mmap(0, UVM_MAX_REGIONS * sizeof *slots, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &p);
+	if (rc < 0)
+		return rc;
+	for (int i = 0; i < UVM_PTL_SHARDS; i++)
+		pthread_mutex_init(&ptls[i], NULL);
+	slots = (void *)(uintptr_t)p;
+	return uvm_fork_handlers_install();
+}
+
+/* ---- look-up --------------------------------------------------------------------------------------- */
+struct uvm_region *uvm_region_find(uint64_t address)
+{
+	for (;;) {
+		uint32_t seq = atomic_load_explicit(&spans_seq, memory_order_acquire);
+		if (seq & 1) {
+			sched_yield();
+			continue;
+		}
+		uint32_t lo = 0, hi = atomic_load_explicit(&nr_spans, memory_order_relaxed);
+		while (lo < hi) { /* the first span that ends behind address */
+			uint32_t mid = lo + (hi - lo) / 2;
+			if (atomic_load_explicit(&spans[mid].end, memory_order_relaxed) <= address)
+				lo = mid + 1;
+			else
+				hi = mid;
+		}
+		bool hit = lo < atomic_load_explicit(&nr_spans, memory_order_relaxed) &&
+			   atomic_load_explicit(&spans[lo].start, memory_order_relaxed) <= address;
+		uint32_t slot = hit ? atomic_load_explicit(&spans[lo].slot, memory_order_relaxed) : 0;
+		atomic_thread_fence(memory_order_acquire);
+		if (atomic_load_explicit(&spans_seq, memory_order_relaxed) != seq)
+			continue;
+		if (!hit)
+			return NULL;
+		struct uvm_region *r = &slots[slot];
+		atomic_fetch_add(&r->in_flight, 1);
+		/* Taken: from here on close waits for us. Was it closed before? */
+		if (atomic_load(&spans_seq) == seq && atomic_load(&r->state) != UVM_REGION_FREE)
+			return r;
+		uvm_region_put(r);
+	}
+}
+
+struct uvm_region *uvm_region_by_handle(int64_t handle)
+{
+	uint32_t slot = (uint32_t)((uint64_t)handle & 0xffffffffu) - 1;
+	if (handle <= 0 || !slots || slot >= UVM_MAX_REGIONS)
+		return NULL;
+	struct uvm_region *r = &slots[slot];
+	atomic_fetch_add(&r->in_flight, 1);
+	if (atomic_load(&r->generation) == (uint32_t)((uint64_t)handle >> 32) &&
+	    atomic_load(&r->state) != UVM_REGION_FREE)
+		return r;
+	uvm_region_put(r);
+	return NULL;
+}
+
+void uvm_region_put(struct uvm_region *r)
+{
+	atomic_fetch_sub(&r->in_flight, 1);
+}
+
+void uvm_spans_lock(void)
+{
+	pthread_mutex_lock(&spans_lock);
+}
+void uvm_spans_unlock(void)
+{
+	pthread_mutex_unlock(&spans_lock);
+}
+
+void uvm_for_each_region(void (*fn)(struct uvm_region *r, void *arg), void *arg)
+{
+	uvm_spans_lock();
+	uvm_for_each_region_locked(fn, arg);
+	uvm_spans_unlock();
+}
+
+void uvm_for_each_region_locked(void (*fn)(struct uvm_region *r, void *arg), void *arg)
+{
+	uint32_t n = atomic_load(&nr_spans);
+	for (uint32_t i = 0; i < n; i++)
+		fn(&slots[atomic_load(&spans[i].slot)], arg);
+}
+
+/* ---- page-table locks and bytes ---------------------------------------------------------------------- */
+static pthread_mutex_t *ptl_of(uint64_t address)
+{
+	uint64_t pmd = address >> 21;
+	return &ptls[(pmd ^ pmd >> 6) % UVM_PTL_SHARDS];
+}
+void uvm_ptl_lock(uint64_t address)
+{
+	pthread_mutex_lock(ptl_of(address));
+}
+void uvm_ptl_unlock(uint64_t address)
+{
+	pthread_mutex_unlock(ptl_of(address));
+}
+void uvm_ptl_lock_all(void)
+{
+	for (int i = 0; i < UVM_PTL_SHARDS; i++)
+		pthread_mutex_lock(&ptls[i]);
+}
+void uvm_ptl_unlock_all(void)
+{
+	for (int i = UVM_PTL_SHARDS - 1; i >= 0; i--)
+		pthread_mutex_unlock(&ptls[i]);
+}
+
+static bool pte_present(unsigned pte)
+{
+	return pte == UVM_PTE_PRESENT || pte == UVM_PTE_WRITE_PROTECTED || pte == UVM_PTE_ZERO ||
+	       pte == UVM_PTE_ZERO_WP;
+}
+
+void uvm_set_pte(struct uvm_region *r, uint64_t index, unsigned to)
+{
+	uvm_set_ptes(r, index, 1, to);
+}
+
+void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsigned to)
+{
+	int64_t delta = 0;
+	for (uint64_t i = index; i < index + nr_pages; i++) {
+		unsigned from = atomic_load_explicit(&r->ptes[i], memory_order_relaxed);
+		if (from == to)
+			continue;
+		delta += (int)pte_present(to) - (int)pte_present(from);
+		if (r->touched)
+			r->touched[i / UVM_PAGE] = 1;
+		atomic_store_explicit(&r->ptes[i], (uint8_t)to, memory_order_release);
+	}
+	if (delta)
+		__atomic_fetch_add(&r->ctl->nr_present, (uint64_t)delta, __ATOMIC_RELAXED);
+}
+
+uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index)
+{
+	if (r->touched) {
+		while (index < r->nr_pages && !r->touched[index / UVM_PAGE])
+			index = (index / UVM_PAGE + 1) * UVM_PAGE;
+	} else {
+		off_t at = lseek(r->ctl_fd, (off_t)(UVM_REGION_CTL_BYTES + index), SEEK_DATA);
+		if (at < 0)
+			return r->nr_pages;
+		if ((uint64_t)at - UVM_REGION_CTL_BYTES > index)
+			index = (uint64_t)at - UVM_REGION_CTL_BYTES;
+	}
+	return index < r->nr_pages ? index : r->nr_pages;
+}
+
+int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
+{
+	uint64_t entry, address = uvm_region_addr(r, index);
+	unsigned shadow = atomic_load(&r->ptes[index]);
+	int fd = __atomic_load_n(&uvm_space.pagemap_fd, __ATOMIC_ACQUIRE);
+	if (fd < 0) {
+		fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			return -errno;
+		int expected = -1;
+		if (!__atomic_compare_exchange_n(&uvm_space.pagemap_fd, &expected, fd, false,
+						 __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+			close(fd);
+			fd = expected;
+		}
+	}
+	if (pread(fd, &entry, sizeof entry, (off_t)(address >> UVM_PAGE_SHIFT) * 8) != sizeof entry)
+		return -EIO;
+	bool present = entry >> 63 & 1, swapped = entry >> 62 & 1, wp = entry >> 57 & 1;
+	if (present)
+		return wp ? UVM_TRUTH_PRESENT_WP : UVM_TRUTH_PRESENT;
+	if (!swapped)
+		return wp ? UVM_TRUTH_MARKER : UVM_TRUTH_ABSENT;
+	/* Real swap and markers (write-protected hole, poison, guard) look alike here: our own entry tells
+	 * them apart. */
+	if (shadow == UVM_PTE_POISONED)
+		return UVM_TRUTH_POISONED;
+	if (shadow == UVM_PTE_GUARD)
+		return UVM_TRUTH_GUARDED;
+	if (wp) /* a shared page that is swapped out leaves no entry but the marker */
+		return pte_present(shadow) && r->backing != UVM_BACKING_SHARED_FILE ? UVM_TRUTH_PRESENT_WP
+										    : UVM_TRUTH_MARKER;
+	return UVM_TRUTH_PRESENT;
+}
+
+/* ---- life ------------------------------------------------------------------------------------------- */
+static int ctl_map(struct uvm_region *r)
+{
+	uint64_t p;
+	int rc, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, fd = -1;
+
+	r->ctl_bytes = UVM_REGION_CTL_BYTES + ((r->nr_pages + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1));
+	r->touched = NULL;
+	if (r->service == UVM_SERVICE_PYTHON) { /* two processes read and write it */
+		fd = sys_memfd_create("uffd_vm-region");
+		if (fd < 0)
+			return fd;
+		if (ftruncate(fd, (off_t)r->ctl_bytes) < 0) {
+			rc = -errno;
+			close(fd);
+			return rc;
+		}
+		flags = MAP_SHARED;
+	} else {
+		/* mmap, not calloc: a 1 TiB region's summary is touched as it is needed. */
+		rc = sys_mmap(0, r->nr_pages / UVM_PAGE + 1, PROT_READ | PROT_WRITE, flags, -1, 0, &p);
+		if (rc < 0)
+			return rc;
+		r->touched = (void *)(uintptr_t)p;
+	}
+	rc = sys_mmap(0, r->ctl_bytes, PROT_READ | PROT_WRITE, flags, fd, 0, &p);
+	if (rc < 0) {
+		if (fd >= 0)
+			close(fd);
+		if (r->touched)
+			sys_munmap((uint64_t)(uintptr_t)r->touched, r->nr_pages / UVM_PAGE + 1);
+		return rc;
+	}
+	r->ctl_fd = fd;
+	r->ctl = (void *)(uintptr_t)p;
+	r->ptes = (void *)(uintptr_t)(p + UVM_REGION_CTL_BYTES);
+	return 0;
+}
+
+static void ctl_unmap(struct uvm_region *r)
+{
+	sys_munmap((uint64_t)(uintptr_t)r->ctl, r->ctl_bytes);
+	if (r->touched)
+		sys_munmap((uint64_t)(uintptr_t)r->touched, r->nr_pages / UVM_PAGE + 1);
+	if (r->ctl_fd >= 0)
+		close(r->ctl_fd);
+	r->ctl = NULL;
+	r->ptes = NULL;
+	r->touched = NULL;
+	r->ctl_fd = -1;
+}
+
+static uint64_t register_mode(const struct uvm_region *r)
+{
+	bool wp = r->flags & UVM_FLAG_TRACKED;
+	/* "r+": a page that another mapping filled must not map itself writable behind our back: MINOR. */
+	if (r->backing == UVM_BACKING_SHARED_FILE && r->writable)
+		return UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP |
+		       UFFDIO_REGISTER_MODE_MINOR;
+	return UFFDIO_REGISTER_MODE_MISSING | (wp ? UFFDIO_REGISTER_MODE_WP : 0);
+}
+
+/* The place of the first span that starts at or behind address; space.mutex held. */
+static uint32_t span_place(uint64_t address)
+{
+	uint32_t i = 0, n = atomic_load(&nr_spans);
+	while (i < n && atomic_load(&spans[i].start) < address)
+		i++;
+	return i;
+}
+
+static void span_copy(uint32_t to, uint32_t from)
+{
+	atomic_store_explicit(&spans[to].start, atomic_load(&spans[from].start), memory_order_relaxed);
+	atomic_store_explicit(&spans[to].end, atomic_load(&spans[from].end), memory_order_relaxed);
+	atomic_store_explicit(&spans[to].slot, atomic_load(&spans[from].slot), memory_order_relaxed);
+}
+
+static void span_insert(struct uvm_region *r)
+{
+	uvm_spans_lock();
+	uint32_t at = span_place(r->start), n = atomic_load(&nr_spans);
+	atomic_fetch_add(&spans_seq, 1);
+	for (uint32_t i = n; i > at; i--)
+		span_copy(i, i - 1);
+	atomic_store(&spans[at].start, r->start);
+	atomic_store(&spans[at].end, r->start + r->len);
+	atomic_store(&spans[at].slot, r->slot);
+	atomic_store(&nr_spans, n + 1);
+	atomic_fetch_add(&spans_seq, 1);
+	uvm_spans_unlock();
+}
+
+static void span_remove(struct uvm_region *r)
+{
+	uvm_spans_lock();
+	uint32_t at = span_place(r->start), n = atomic_load(&nr_spans);
+	atomic_fetch_add(&spans_seq, 1);
+	for (uint32_t i = at; i + 1 < n; i++)
+		span_copy(i, i + 1);
+	atomic_store(&nr_spans, n - 1);
+	atomic_fetch_add(&spans_seq, 1);
+	uvm_spans_unlock();
+}
+
+static bool span_overlaps(uint64_t start, uint64_t len)
+{
+	uint32_t at = span_place(start + len);
+	return at > 0 && atomic_load(&spans[at - 1].end) > start;
+}
+
+static struct uvm_region *slot_take(void)
+{
+	for (uint32_t i = 0; i < nr_slots; i++)
+		if (atomic_load(&slots[i].state) == UVM_REGION_FREE &&
+		    atomic_load(&slots[i].in_flight) == 0)
+			return &slots[i];
+	if (nr_slots == UVM_MAX_REGIONS)
+		return NULL;
+	slots[nr_slots].slot = nr_slots;
+	atomic_store(&slots[nr_slots].generation, 1);
+	pthread_mutex_init(&slots[nr_slots].failure_lock, NULL);
+	return &slots[nr_slots++];
+}
+
+static int args_check(const struct uvm_region_args *a)
+{
+	if (!a->len || (a->start | a->len) & (UVM_PAGE - 1))
+		return -EINVAL;
+	if (a->service < UVM_SERVICE_NATIVE || a->service > UVM_SERVICE_INLINE)
+		return -EINVAL;
+	if (a->backing != UVM_BACKING_ANON && a->backing != UVM_BACKING_PRIVATE_FILE &&
+	    a->backing != UVM_BACKING_SHARED_FILE)
+		return -EOPNOTSUPP; /* decided, not yet executable */
+	if ((a->backing == UVM_BACKING_ANON) != (a->cache < 0))
+		return -EINVAL;
+	if ((a->flags & UVM_FLAG_HOOK) && a->service != UVM_SERVICE_PYTHON)
+		return -EOPNOTSUPP; /* a hook written in Python cannot run beside a held GIL */
+	if (a->flags & ~(UVM_FLAG_TRACKED | UVM_FLAG_HOOK))
+		return -EOPNOTSUPP;
+	if (!a->fault_around_pages || a->fault_around_pages & (a->fault_around_pages - 1))
+		return -EINVAL;
+	return 0;
+}
+
+/* A span of a region that is being closed may still cover the address that the kernel has just given
+ * out again: its owner is about to say close_end. */
+static int wait_no_overlap(uint64_t start, uint64_t len)
+{
+	for (int i = 0; span_overlaps(start, len); i++) {
+		if (i == 2000)
+			return -EEXIST;
+		pthread_mutex_unlock(&uvm_space.mutex);
+		usleep(500);
+		pthread_mutex_lock(&uvm_space.mutex);
+	}
+	return 0;
+}
+
+static int region_create_locked(const struct uvm_region_args *a, struct uvm_region **ret)
+{
+	struct uvm_cache *c = NULL;
+	int rc = table_init();
+	if (rc < 0)
+		return rc;
+	if (a->cache >= 0) {
+		c = uvm_cache_get(a->cache);
+		if (!c || a->pgoff + (a->len >> UVM_PAGE_SHIFT) > c->nr_pages)
+			return -EINVAL;
+	}
+	rc = wait_no_overlap(a->start, a->len);
+	if (rc < 0)
+		return rc;
+	struct uvm_region *r = slot_take();
+	if (!r)
+		return -ENOSPC;
+	r->start = a->start;
+	r->len = a->len;
+	r->nr_pages = a->len >> UVM_PAGE_SHIFT;
+	r->pgoff = a->pgoff;
+	r->backing = a->backing;
+	r->service = a->service;
+	r->writable = a->writable;
+	r->prot = PROT_READ | (a->writable ? PROT_WRITE : 0);
+	r->on_error = a->on_error;
+	r->flags = (unsigned)a->flags;
+	if (r->backing == UVM_BACKING_SHARED_FILE && r->writable)
+		r->flags |= UVM_FLAG_TRACKED; /* dirty pages are found by write-protection, always */
+	r->register_mode = register_mode(r);
+	r->fault_around_pages = a->fault_around_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES
+								       : a->fault_around_pages;
+	r->readahead_pages = a->readahead_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->readahead_pages;
+	r->deadline_ns = a->deadline_ns;
+	atomic_store(&r->ra_next, UVM_NO_INDEX);
+	atomic_store(&r->ra_async_end, 0);
+	atomic_store(&r->ra_window, r->fault_around_pages);
+	atomic_store(&r->nr_failures, 0);
+	memset(r->failures, 0, sizeof r->failures);
+	memset(&r->sticky, 0, sizeof r->sticky);
+	r->cache = c;
+
+	rc = ctl_map(r);
+	if (rc < 0)
+		return rc;
+	rc = uvm_service_start(r->service);
+	if (rc < 0)
+		goto unmap;
+	if (r->backing == UVM_BACKING_PRIVATE_FILE && !(r->flags & UVM_FLAG_TRACKED) &&
+	    r->service != UVM_SERVICE_PYTHON) {
+		rc = uvm_cache_alias(c, r->service);
+		if (rc < 0)
+			goto stop;
+	}
+	/* Before the first touch and before registration: a huge page would hide holes from us, and
+	 * khugepaged would fill them with zeros. Shared ones are mapped again by the child handler, so
+	 * that a fork which runs no handlers gets SIGSEGV and never zeros. */
+	MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
+	if (r->backing == UVM_BACKING_SHARED_FILE) {
+		rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
+		if (rc < 0)
+			goto stop;
+	}
+	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode, NULL);
+	if (rc < 0)
+		goto stop;
+	if (c)
+		uvm_cache_ref(c);
+	atomic_store(&r->state, UVM_REGION_LIVE);
+	span_insert(r);
+	uvm_space.nr_regions++;
+	*ret = r;
+	return 0;
+stop:
+	uvm_service_stop(r->service);
+unmap:
+	ctl_unmap(r);
+	return rc;
+}
+
+int64_t uvm_region_create(const struct uvm_region_args *args)
+{
+	struct uvm_region *r;
+	int rc = args_check(args);
+	if (rc < 0)
+		return rc;
+	pthread_mutex_lock(&uvm_space.mutex);
+	rc = region_create_locked(args, &r);
+	int64_t handle = rc < 0 ? rc : uvm_region_handle(r);
+	pthread_mutex_unlock(&uvm_space.mutex);
+	return handle;
+}
+
+int uvm_region_close_begin(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	int expected = UVM_REGION_LIVE;
+	if (!r)
+		return -ESTALE;
+	if (!atomic_compare_exchange_strong(&r->state, &expected, UVM_REGION_CLOSING)) {
+		uvm_region_put(r);
+		return -EBUSY; /* somebody else is closing it */
+	}
+	uvm_queue_drop(handle);
+	/* Executors hold a region for an ioctl or two, never across a wait for a file (they let go of
+	 * it first), save load() and the inline service in threads of the caller's own. */
+	while (atomic_load(&r->in_flight) > 1)
+		usleep(50);
+	uvm_region_put(r);
+	return 0;
+}
+
+int uvm_region_close_abort(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int expected = UVM_REGION_CLOSING;
+	bool was = atomic_compare_exchange_strong(&r->state, &expected, UVM_REGION_LIVE);
+	uvm_region_put(r);
+	return was ? 0 : -EINVAL;
+}
+
+int uvm_region_close_end(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	if (atomic_load(&r->state) != UVM_REGION_CLOSING) {
+		uvm_region_put(r);
+		return -EINVAL;
+	}
+	pthread_mutex_lock(&uvm_space.mutex);
+	uvm_failure_forget(r);
+	span_remove(r);
+	atomic_store(&r->state, UVM_REGION_FREE);
+	atomic_fetch_add(&r->generation, 1);
+	uvm_region_put(r);
+	while (atomic_load(&r->in_flight) > 0) /* look-ups that lost the race */
+		usleep(20);
+	struct uvm_cache *c = r->cache;
+	int service = r->service;
+	ctl_unmap(r);
+	r->cache = NULL;
+	uvm_space.nr_regions--;
+	if (c)
+		uvm_cache_unref(c);
+	uvm_service_stop(service);
+	if (!uvm_space.nr_regions && uvm_space.pagemap_fd >= 0) {
+		close(uvm_space.pagemap_fd);
+		uvm_space.pagemap_fd = -1;
+	}
+	pthread_mutex_unlock(&uvm_space.mutex);
+	return 0;
+}
+
+/* ---- after fork -------------------------------------------------------------------------------------- */
+/* A python-served region's tables are shared with the parent's service: the child gets its own copy,
+ * of what was ever written. */
+static int ctl_child_copy(struct uvm_region *r)
+{
+	struct uvm_region old = {.ctl = r->ctl, .ptes = r->ptes, .ctl_bytes = r->ctl_bytes,
+				 .ctl_fd = r->ctl_fd, .nr_pages = r->nr_pages};
+	r->service = UVM_SERVICE_NATIVE;
+	int rc = ctl_map(r);
+	if (rc < 0)
+		return rc;
+	memcpy(r->ctl, old.ctl, sizeof *r->ctl);
+	r->ctl->nr_present = 0;
+	for (uint64_t i = uvm_next_touched(&old, 0); i < r->nr_pages; i = uvm_next_touched(&old, i + 1)) {
+		unsigned pte = atomic_load(&old.ptes[i]);
+		if (pte != UVM_PTE_NONE && pte != UVM_PTE_BUSY)
+			uvm_set_pte(r, i, pte);
+	}
+	old.touched = NULL;
+	ctl_unmap(&old);
+	return 0;
+}
+
+/* Write protection does not survive fork without an event: arm it again, run by run. */
+static int rearm(struct uvm_region *r)
+{
+	for (uint64_t i = uvm_next_touched(r, 0); i < r->nr_pages;) {
+		unsigned pte = atomic_load(&r->ptes[i]);
+		uint64_t run = i + 1;
+		if (pte == UVM_PTE_WRITE_PROTECTED || pte == UVM_PTE_ZERO_WP) {
+			while (run < r->nr_pages && atomic_load(&r->ptes[run]) == pte)
+				run++;
+			int rc = sys_uffd_writeprotect(uvm_service_uffd(r->service),
+						       uvm_region_addr(r, i),
+						       (run - i) << UVM_PAGE_SHIFT,
+						       UFFDIO_WRITEPROTECT_MODE_WP);
+			if (rc < 0)
+				return rc;
+		} else if (pte == UVM_PTE_BUSY) {
+			uvm_set_pte(r, i, UVM_PTE_NONE); /* its filler is a thread of the parent */
+		}
+		i = uvm_next_touched(r, run);
+	}
+	return 0;
+}
+
+int uvm_region_child(struct uvm_region *r)
+{
+	uint64_t p;
+	int rc = 0;
+	bool shared = r->backing == UVM_BACKING_SHARED_FILE;
+
+	atomic_store(&r->in_flight, 0);
+	if (r->service == UVM_SERVICE_PYTHON) {
+		/* A page_mkwrite hook is a Python function of the parent's service: nobody can ask it
+		 * here, so nobody may write here. */
+		if (r->flags & UVM_FLAG_HOOK) {
+			r->flags &= ~(unsigned)UVM_FLAG_HOOK;
+			r->writable = 0;
+			r->prot = PROT_READ;
+		}
+		rc = uvm_service_child_move(UVM_SERVICE_PYTHON, UVM_SERVICE_NATIVE);
+		if (rc == 0)
+			rc = ctl_child_copy(r);
+		if (rc == 0 && r->backing == UVM_BACKING_PRIVATE_FILE && !(r->flags & UVM_FLAG_TRACKED))
+			rc = uvm_cache_alias(r->cache, UVM_SERVICE_NATIVE);
+		if (rc < 0)
+			return rc;
+	}
+	if (shared) {
+		/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
+		rc = sys_mmap(r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
+			      r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
+		if (rc < 0)
+			return rc;
+		MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
+		rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
+		if (rc < 0)
+			return rc;
+		for (uint64_t i = uvm_next_touched(r, 0); i < r->nr_pages;
+		     i = uvm_next_touched(r, i + 1))
+			uvm_set_pte(r, i, UVM_PTE_NONE);
+	}
+	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode, NULL);
+	if (rc == 0 && !shared)
+		rc = rearm(r);
+	return rc;
+}
+
+/* ---- what users ask ---------------------------------------------------------------------------------- */
+struct uvm_region_ctl *uvm_region_ctl(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return NULL;
+	struct uvm_region_ctl *ctl = r->ctl;
+	uvm_region_put(r);
+	return ctl;
+}
+
+uint8_t *uvm_region_ptes(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return NULL;
+	uint8_t *ptes = (uint8_t *)r->ptes;
+	uvm_region_put(r);
+	return ptes;
+}
+
+int uvm_region_ctl_fd(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int fd = r->ctl_fd;
+	uvm_region_put(r);
+	return fd >= 0 ? fd : -EINVAL;
+}
+
+int uvm_region_check(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	uvm_region_put(r);
+	return 0;
+}
+
+int uvm_region_advise(int64_t handle, int advice)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	bool known = advice >= UVM_ADVICE_NORMAL && advice <= UVM_ADVICE_RANDOM;
+	if (known) {
+		__atomic_store_n(&r->ctl->advice, (uint64_t)advice, __ATOMIC_RELAXED);
+		atomic_store(&r->ra_next, UVM_NO_INDEX);
+	}
+	uvm_region_put(r);
+	return known ? 0 : -EINVAL;
+}
+
+static int range_check(const struct uvm_region *r, uint64_t index, uint64_t nr_pages)
+{
+	return index > r->nr_pages || nr_pages > r->nr_pages - index ? -EINVAL : 0;
+}
+
+int uvm_region_load(int64_t handle, uint64_t index, uint64_t nr_pages, uint64_t *failed_index)
+{
+	struct uvm_executor x;
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int64_t rc = range_check(r, index, nr_pages);
+	if (rc == 0) {
+		uvm_executor_init(&x, true, r->service);
+		rc = x.buf ? uvm_fill_range(&x, &r, index, nr_pages, true, failed_index) : -ENOMEM;
+		uvm_executor_deinit(&x);
+	}
+	if (r)
+		uvm_region_put(r);
+	return rc < 0 ? (int)rc : 0;
+}
+
+int uvm_region_prefetch(int64_t handle, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int rc = range_check(r, index, nr_pages);
+	uvm_region_put(r);
+	/* In pieces of a window, so that demand comes between them. */
+	for (uint64_t end = index + nr_pages; rc == 0 && index < end;) {
+		uint64_t n = end - index < UVM_PMD_PAGES ? end - index : UVM_PMD_PAGES;
+		rc = uvm_queue_fill(handle, index, n);
+		index += n;
+	}
+	return rc;
+}
+
+/* Only pages of the shared cache are evicted. Anonymous pages and private copies are content that lives
+ * nowhere else (taking those back is swap's work), and a page that protect() armed looks clean but may
+ * hold what was written before. */
+int64_t uvm_region_evict(int64_t handle, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int64_t rc = range_check(r, index, nr_pages);
+	if (rc == 0 && r->cache && r->service != UVM_SERVICE_PYTHON)
+		rc = uvm_cache_evict(r->cache, r->pgoff + index, nr_pages);
+	uvm_region_put(r);
+	return rc;
+}
+
+int uvm_region_flush(int64_t handle, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int rc = range_check(r, index, nr_pages);
+	if (rc == 0 && r->cache && r->cache->writable) {
+		struct uvm_cache *c = r->cache;
+		/* A commit wakes the storing thread before it publishes that the page is dirty, both under
+		 * a page-table lock: once we had them all, every store made before this call is known. */
+		uvm_ptl_lock_all();
+		uvm_ptl_unlock_all();
+		rc = uvm_cache_write_back(c, r->pgoff + index, nr_pages);
+		int sync = sys_fsync(c->file_fd);
+		if (rc == 0)
+			rc = sync;
+		/* As errseq_t: an error of a write-back that nobody waited for is told once. */
+		uint64_t seq = __atomic_load_n(&c->shared->ctl.wb_err_seq, __ATOMIC_ACQUIRE);
+		if (rc == 0 && seq != c->seen_wb_err)
+			rc = -(int)__atomic_load_n(&c->shared->ctl.wb_err, __ATOMIC_ACQUIRE);
+		c->seen_wb_err = seq;
+	}
+	uvm_region_put(r);
+	return rc;
+}
+
+/* Write tracking: from here on a store to any present page faults. Commits are kept out while the range
+ * is armed (all page-table locks), so that no page is armed in the kernel and published as writable. */
+int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int64_t rc = range_check(r, index, nr_pages);
+	int64_t armed = 0;
+	if (rc == 0 && !(r->register_mode & UFFDIO_REGISTER_MODE_WP))
+		rc = -EOPNOTSUPP;
+	if (rc < 0) {
+		uvm_region_put(r);
+		return rc;
+	}
+	int uffd = uvm_service_uffd(r->service);
+	uint64_t end = index + nr_pages;
+	uvm_ptl_lock_all();
+	for (uint64_t i = uvm_next_touched(r, index); i < end;) {
+		unsigned pte = atomic_load(&r->ptes[i]);
+		unsigned to = pte == UVM_PTE_PRESENT ? UVM_PTE_WRITE_PROTECTED : UVM_PTE_ZERO_WP;
+		uint64_t run = i + 1;
+		if (pte != UVM_PTE_PRESENT && pte != UVM_PTE_ZERO) {
+			i = uvm_next_touched(r, i + 1);
+			continue;
+		}
+		while (run < end && atomic_load(&r->ptes[run]) == pte)
+			run++;
+		rc = sys_uffd_writeprotect(uffd, uvm_region_addr(r, i), (run - i) << UVM_PAGE_SHIFT,
+					   UFFDIO_WRITEPROTECT_MODE_WP);
+		if (rc < 0)
+			break;
+		uvm_set_ptes(r, i, run - i, to);
+		armed += (int64_t)(run - i);
+		i = uvm_next_touched(r, run);
+	}
+	uvm_ptl_unlock_all();
+	uvm_region_put(r);
+	return rc < 0 ? rc : armed;
+}
+
+int uvm_region_walk(int64_t handle, uint64_t index, uint64_t nr_pages, uint8_t *states)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int rc = range_check(r, index, nr_pages);
+	for (uint64_t i = 0; rc == 0 && i < nr_pages; i++) {
+		unsigned flags = 0;
+		unsigned pte = uvm_walk(r, index + i, UVM_KIND_MISSING, &flags);
+		if (pte == UVM_PTE_NONE && flags & UVM_FLAG_CACHED)
+			pte = UVM_PTE_CACHED;
+		states[i] = (uint8_t)pte;
+	}
+	uvm_region_put(r);
+	return rc;
+}
+
+int64_t uvm_region_resident(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int64_t n = (int64_t)__atomic_load_n(&r->ctl->nr_present, __ATOMIC_RELAXED);
+	if (r->cache && !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED)) {
+		n = 0;
+		for (uint64_t i = uvm_cache_next_touched(r->cache, r->pgoff);
+		     i < r->pgoff + r->nr_pages; i++) {
+			if (i % 1024 == 0)
+				i = uvm_cache_next_touched(r->cache, i);
+			if (i >= r->pgoff + r->nr_pages)
+				break;
+			unsigned state = uvm_folio_state(atomic_load(&r->cache->folios[i]));
+			n += state == UVM_FOLIO_UPTODATE || state == UVM_FOLIO_DIRTY ||
+			     state == UVM_FOLIO_WRITEBACK;
+		}
+	}
+	uvm_region_put(r);
+	return n;
+}

@@ -1,0 +1,708 @@
+/* The native fault service: a thread that reads the uffd and resolves faults, worker threads for what
+ * has to wait for a file, and the faults that are parked meanwhile.
+ *
+ * Rules of these threads, each with its reason:
+ * - no Python, no GIL: the toucher may hold it (a[0] does) for as long as its fault is pending;
+ * - no touch of lazy memory: nobody else would resolve it;
+ * - no allocation after start: malloc may map, and its lock may be held by a toucher;
+ * - all signals blocked: handlers belong to the program's threads;
+ * - the fault thread never waits for a file, never takes space.mutex (stop joins it with that held);
+ * - state is published before anybody is woken by hand.
+ *
+ * Facts about waking (2-core VM, 6.18): a handler asleep on another, idle CPU costs 65-130 us a fault,
+ * one on the toucher's CPU 10-13 us, one that spins on another CPU 15-20 us.
+ *   -> a toucher pinned to one CPU is followed there; else we spin for spin_ns after each fault before
+ *      we sleep. An idle process sleeps in ppoll() and costs nothing. */
+#include "internal.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+
+enum { TICK_MS = 10, BATCH = 64, AFFINITY_EVERY = 32, NR_INLINE = 16 };
+static const uint64_t interrupt_after_ns = 200000000;
+
+struct service {
+	int uffd; /* -1 while not running */
+	int users;
+	uint64_t epoch;
+	pthread_t thread;
+	bool has_thread;
+};
+
+static struct service services[3] = {{.uffd = -1}, {.uffd = -1}, {.uffd = -1}};
+static int event_fd = -1; /* wakes the fault thread: stop, parked faults to run again */
+static _Atomic int stopping[3];
+
+/* ---- parked faults ------------------------------------------------------------------------------------- */
+static pthread_mutex_t parked_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct uvm_fault parked[UVM_MAX_PARKED];
+static _Atomic int nr_parked;
+
+static bool same_fault(const struct uvm_fault *a, const struct uvm_fault *b)
+{
+	return a->address == b->address && a->tid == b->tid && a->kind == b->kind;
+}
+
+/* A signal handler that ran while the thread waited makes it fault again: one entry is enough. */
+int uvm_park(const struct uvm_fault *f)
+{
+	int rc = 0;
+	pthread_mutex_lock(&parked_lock);
+	int n = atomic_load(&nr_parked), i = 0;
+	while (i < n && !same_fault(&parked[i], f))
+		i++;
+	if (i == n && n == UVM_MAX_PARKED) {
+		rc = -EAGAIN; /* the caller wakes the thread: it will fault again */
+	} else if (i == n) {
+		parked[i] = *f;
+		if (parked[i].tries < 255)
+			parked[i].tries++;
+		atomic_store(&nr_parked, n + 1);
+	}
+	pthread_mutex_unlock(&parked_lock);
+	return rc;
+}
+
+static void parked_remove(int i) /* parked_lock held */
+{
+	int n = atomic_load(&nr_parked) - 1;
+	parked[i] = parked[n];
+	atomic_store(&nr_parked, n);
+}
+
+/* The pages were committed, which woke who waits on them in this mapping: their faults are over. */
+void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint32_t result)
+{
+	uint64_t start = uvm_region_addr(r, index), end = start + (nr_pages << UVM_PAGE_SHIFT);
+	bool more = false;
+	if (!atomic_load(&nr_parked))
+		return;
+	pthread_mutex_lock(&parked_lock);
+	for (int i = 0; i < atomic_load(&nr_parked);) {
+		struct uvm_fault *f = &parked[i];
+		if (f->address >= start && f->address < end && f->kind == UVM_KIND_MISSING &&
+		    f->access == 0) {
+			uint64_t waited = sys_now_ns() - f->t_ns;
+			uvm_mm_account_fault(r, result & ~(uint32_t)UVM_VM_FAULT_RETRY, true);
+			__atomic_fetch_add(&r->ctl->latency[uvm_latency_bucket(waited)], 1,
+					   __ATOMIC_RELAXED);
+			parked_remove(i);
+		} else {
+			more = true;
+			i++;
+		}
+	}
+	pthread_mutex_unlock(&parked_lock);
+	if (more)
+		uvm_poke_fault_thread();
+}
+
+void uvm_poke_fault_thread(void)
+{
+	uint64_t one = 1;
+	if (event_fd >= 0)
+		(void)!write(event_fd, &one, sizeof one);
+}
+
+/* The agent of a Python service may watch too: we only stop what we started. */
+static void watch_interrupts(bool on)
+{
+	static bool watching;
+	if (on != watching)
+		uvm_interrupt_watch(watching = on);
+}
+
+/* Starts every parked fault again from the top. */
+static void run_parked(struct uvm_executor *x)
+{
+	static struct uvm_fault again[UVM_MAX_PARKED]; /* the fault thread's own */
+	bool long_wait = false;
+	int mine = 0;
+
+	pthread_mutex_lock(&parked_lock);
+	for (int i = 0; i < atomic_load(&nr_parked);) {
+		if (parked[i].service != UVM_SERVICE_NATIVE) {
+			i++;
+			continue;
+		}
+		again[mine++] = parked[i];
+		parked_remove(i);
+	}
+	pthread_mutex_unlock(&parked_lock);
+	uint64_t now = sys_now_ns();
+	for (int i = 0; i < mine; i++)
+		long_wait |= again[i].tid == (uint32_t)getpid() &&
+			     now - again[i].t_ns > interrupt_after_ns;
+	watch_interrupts(long_wait);
+	for (int i = 0; i < mine; i++)
+		uvm_handle_mm_fault(x, &again[i]);
+}
+
+/* ---- work that waits for files ------------------------------------------------------------------------- */
+struct job {
+	int64_t region; /* read-ahead: fill [index, index + nr_pages) */
+	uint64_t index, nr_pages;
+	struct uvm_fault fault; /* demand: start this fault again, allowed to wait */
+	bool demand;
+};
+
+static pthread_mutex_t queue_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t queue_cond = PTHREAD_COND_INITIALIZER;
+static struct job queue[2][UVM_MAX_JOBS]; /* [0] demand, [1] read-ahead: rings */
+static uint64_t queue_head[2], queue_tail[2];
+static pthread_t workers[UVM_MAX_WORKERS];
+static int nr_workers;
+static bool workers_stop;
+
+static int queue_push(const struct job *job)
+{
+	int rc = 0, which = job->demand ? 0 : 1;
+	pthread_mutex_lock(&queue_lock);
+	if (queue_tail[which] - queue_head[which] == UVM_MAX_JOBS || nr_workers == 0) {
+		rc = -EAGAIN;
+	} else {
+		queue[which][queue_tail[which]++ % UVM_MAX_JOBS] = *job;
+		pthread_cond_signal(&queue_cond);
+	}
+	pthread_mutex_unlock(&queue_lock);
+	return rc;
+}
+
+int uvm_queue_fill(int64_t region, uint64_t index, uint64_t nr_pages)
+{
+	struct job job = {.region = region, .index = index, .nr_pages = nr_pages};
+	return queue_push(&job);
+}
+
+/* The fault stays parked until a worker has served it, so that its deadline is watched meanwhile. */
+int uvm_queue_fault(const struct uvm_fault *f)
+{
+	struct job job = {.fault = *f, .demand = true};
+	if (job.fault.tries < 255)
+		job.fault.tries++;
+	bool queued = false; /* parked before, and started again: is it already on its way? */
+	pthread_mutex_lock(&queue_lock);
+	for (uint64_t i = queue_head[0]; i != queue_tail[0] && !queued; i++)
+		queued = same_fault(&queue[0][i % UVM_MAX_JOBS].fault, f);
+	pthread_mutex_unlock(&queue_lock);
+	int rc = uvm_park(f);
+	if (rc == 0 && !queued)
+		(void)queue_push(&job); /* full: the next tick starts the fault again */
+	return rc;
+}
+
+void uvm_queue_drop(int64_t region)
+{
+	pthread_mutex_lock(&queue_lock);
+	for (uint64_t i = queue_head[1]; i != queue_tail[1]; i++)
+		if (queue[1][i % UVM_MAX_JOBS].region == region)
+			queue[1][i % UVM_MAX_JOBS].nr_pages = 0;
+	pthread_mutex_unlock(&queue_lock);
+}
+
+static void run_job(struct uvm_executor *x, const struct job *job)
+{
+	if (job->demand) {
+		struct uvm_fault f = job->fault;
+		x->service = f.service;
+		uint32_t result = uvm_handle_mm_fault(x, &f);
+		if (!(result & UVM_VM_FAULT_RETRY)) {
+			pthread_mutex_lock(&parked_lock);
+			for (int i = 0; i < atomic_load(&nr_parked); i++)
+				if (same_fault(&parked[i], &f)) {
+					parked_remove(i);
+					break;
+				}
+			pthread_mutex_unlock(&parked_lock);
+		}
+		if (atomic_load(&nr_parked))
+			uvm_poke_fault_thread();
+		return;
+	}
+	struct uvm_region *r = job->nr_pages ? uvm_region_by_handle(job->region) : NULL;
+	if (!r)
+		return;
+	x->service = r->service == UVM_SERVICE_INLINE ? UVM_SERVICE_NATIVE : r->service;
+	(void)uvm_fill_range(x, &r, job->index, job->nr_pages, false, NULL);
+	if (r)
+		uvm_region_put(r);
+	if (atomic_load(&nr_parked))
+		uvm_poke_fault_thread();
+}
+
+static void thread_begin(const char *name)
+{
+	sigset_t all;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, NULL);
+	prctl(PR_SET_NAME, name);
+}
+
+static void *worker_main(void *arg)
+{
+	struct uvm_executor x;
+	(void)arg;
+	thread_begin("uvm-io");
+	uvm_executor_init(&x, true, UVM_SERVICE_NATIVE);
+	pthread_mutex_lock(&queue_lock);
+	while (!workers_stop) {
+		int which = queue_head[0] != queue_tail[0] ? 0 : queue_head[1] != queue_tail[1] ? 1 : -1;
+		if (which < 0 || !x.buf) {
+			pthread_cond_wait(&queue_cond, &queue_lock);
+			continue;
+		}
+		struct job job = queue[which][queue_head[which]++ % UVM_MAX_JOBS];
+		pthread_mutex_unlock(&queue_lock);
+		run_job(&x, &job);
+		pthread_mutex_lock(&queue_lock);
+	}
+	pthread_mutex_unlock(&queue_lock);
+	uvm_executor_deinit(&x);
+	return NULL;
+}
+
+static int workers_start(void)
+{
+	int want = uvm_space.config.nr_workers;
+	workers_stop = false;
+	while (nr_workers < want) {
+		pthread_t t;
+		int rc = pthread_create(&t, NULL, worker_main, NULL);
+		if (rc)
+			return nr_workers ? 0 : -rc;
+		pthread_mutex_lock(&queue_lock);
+		workers[nr_workers++] = t;
+		pthread_mutex_unlock(&queue_lock);
+	}
+	return 0;
+}
+
+static void workers_end(void)
+{
+	pthread_mutex_lock(&queue_lock);
+	workers_stop = true;
+	int n = nr_workers;
+	nr_workers = 0;
+	queue_head[0] = queue_tail[0] = queue_head[1] = queue_tail[1] = 0;
+	pthread_cond_broadcast(&queue_cond);
+	pthread_mutex_unlock(&queue_lock);
+	for (int i = 0; i < n; i++)
+		pthread_join(workers[i], NULL);
+}
+
+/* ---- the fault thread ------------------------------------------------------------------------------------ */
+struct follower {
+	cpu_set_t home;	 /* the mask we started with */
+	int pinned;	 /* CPU we follow a toucher to, -1 */
+	int seen;	 /* last answer: one CPU, or -1 */
+	unsigned faults;
+};
+
+/* Where the toucher runs: a thread that is bound to one CPU is followed, when two looks agree. */
+static void follow(struct follower *fo, uint32_t tid)
+{
+	cpu_set_t set;
+	int cpu = -1;
+	if (fo->faults++ % AFFINITY_EVERY > 1)
+		return;
+	CPU_ZERO(&set);
+	if (tid && sched_getaffinity((pid_t)tid, sizeof set, &set) == 0 && CPU_COUNT(&set) == 1)
+		for (int i = 0; i < CPU_SETSIZE && cpu < 0; i++)
+			if (CPU_ISSET(i, &set))
+				cpu = i;
+	bool agree = cpu == fo->seen;
+	fo->seen = cpu;
+	if (!agree || cpu == fo->pinned)
+		return;
+	if (cpu >= 0 && CPU_ISSET(cpu, &fo->home)) {
+		if (sched_setaffinity(0, sizeof set, &set) == 0)
+			fo->pinned = cpu;
+	} else if (fo->pinned >= 0) {
+		if (sched_setaffinity(0, sizeof fo->home, &fo->home) == 0)
+			fo->pinned = -1;
+	}
+}
+
+static void serve_message(struct uvm_executor *x, const struct uffd_msg *m, uint64_t now,
+			  struct follower *fo)
+{
+	if (m->event != UFFD_EVENT_PAGEFAULT)
+		return; /* p1: reading REMAP is the acknowledgement; our own mremap waits for it */
+	uint64_t bits = m->arg.pagefault.flags;
+	struct uvm_fault f = {
+		.address = m->arg.pagefault.address & ~(uint64_t)(UVM_PAGE - 1),
+		.t_ns = now,
+		.tid = m->arg.pagefault.feat.ptid,
+		.kind = bits & UFFD_PAGEFAULT_FLAG_WP	   ? UVM_KIND_WP
+			: bits & UFFD_PAGEFAULT_FLAG_MINOR ? UVM_KIND_MINOR
+							   : UVM_KIND_MISSING,
+		.access = bits & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP) ? 1 : 0,
+		.service = UVM_SERVICE_NATIVE,
+	};
+	uvm_handle_mm_fault(x, &f);
+	follow(fo, f.tid);
+}
+
+/* Serves what there is to read. Returns messages served. */
+static int serve(struct uvm_executor *x, int uffd, struct follower *fo)
+{
+	struct uffd_msg msgs[BATCH];
+	ssize_t n = read(uffd, msgs, sizeof msgs);
+	if (n <= 0)
+		return 0;
+	uint64_t now = sys_now_ns();
+	int count = (int)(n / (ssize_t)sizeof msgs[0]);
+	for (int i = 0; i < count; i++)
+		serve_message(x, &msgs[i], now, fo);
+	return count;
+}
+
+static void wait_for_work(int uffd, bool tick)
+{
+	struct pollfd fds[2] = {{.fd = uffd, .events = POLLIN}, {.fd = event_fd, .events = POLLIN}};
+	struct timespec ts = {0, TICK_MS * 1000000};
+	ppoll(fds, 2, tick ? &ts : NULL, NULL);
+	if (fds[1].revents & POLLIN) {
+		uint64_t count;
+		(void)!read(event_fd, &count, sizeof count);
+	}
+}
+
+static void *fault_main(void *arg)
+{
+	struct uvm_executor x;
+	struct follower fo = {.pinned = -1, .seen = -1};
+	int uffd = services[UVM_SERVICE_NATIVE].uffd;
+	(void)arg;
+
+	thread_begin("uvm-fault");
+	sched_getaffinity(0, sizeof fo.home, &fo.home);
+	uint64_t spin_ns = CPU_COUNT(&fo.home) > 1 ? uvm_space.config.spin_ns : 0;
+	uvm_executor_init(&x, false, UVM_SERVICE_NATIVE);
+	if (!x.buf)
+		return NULL;
+	memset(x.buf, 0, 256 * UVM_PAGE); /* resident before the first fault */
+	uint64_t spin_until = 0, next_tick = 0;
+	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
+		if (serve(&x, uffd, &fo) > 0) {
+			/* On the toucher's own CPU spinning would only keep it from running. */
+			spin_until = fo.pinned < 0 && spin_ns ? sys_now_ns() + spin_ns : 0;
+		} else if (!spin_until || sys_now_ns() > spin_until) {
+			spin_until = 0;
+			wait_for_work(uffd, atomic_load(&nr_parked) > 0);
+			if (atomic_load(&nr_parked))
+				run_parked(&x);
+			else
+				watch_interrupts(false);
+			next_tick = 0;
+			continue;
+		}
+		if (atomic_load_explicit(&nr_parked, memory_order_relaxed)) {
+			uint64_t now = sys_now_ns();
+			if (now > next_tick) {
+				run_parked(&x);
+				next_tick = now + TICK_MS * 1000000;
+			}
+		}
+	}
+	uvm_executor_deinit(&x);
+	return NULL;
+}
+
+/* ---- inline: the touching thread itself -------------------------------------------------------------------- */
+static struct uvm_executor inline_executors[NR_INLINE];
+static _Atomic int inline_busy[NR_INLINE];
+
+/* A uffd in SIGBUS mode has no fault messages, but an mremap of ours waits until its event is read. */
+static void *inline_events_main(void *arg)
+{
+	struct uffd_msg m;
+	int uffd = services[UVM_SERVICE_INLINE].uffd;
+	(void)arg;
+	thread_begin("uvm-events");
+	while (!atomic_load(&stopping[UVM_SERVICE_INLINE])) {
+		struct pollfd fds[1] = {{.fd = uffd, .events = POLLIN}};
+		ppoll(fds, 1, &(struct timespec){0, 200000000}, NULL);
+		while (read(uffd, &m, sizeof m) > 0)
+			;
+	}
+	return NULL;
+}
+
+static struct uvm_executor *inline_take(int *slot)
+{
+	for (;;) {
+		for (int i = 0; i < NR_INLINE; i++) {
+			int free_ = 0;
+			if (atomic_compare_exchange_strong(&inline_busy[i], &free_, 1)) {
+				*slot = i;
+				return &inline_executors[i];
+			}
+		}
+		usleep(50);
+	}
+}
+
+int uvm_inline_fault(uint64_t address, int si_code, bool write)
+{
+	int slot;
+	(void)si_code;
+	struct uvm_region *r = uvm_region_find(address);
+	if (!r)
+		return 0;
+	bool ours = r->service == UVM_SERVICE_INLINE;
+	uint64_t index = (address - r->start) >> UVM_PAGE_SHIFT;
+	/* SIGBUS does not say what kind of fault it was; the tables do: a write to a page that we keep
+	 * write-protected, a page of the cache that is not mapped here, or a missing one. */
+	unsigned flags = 0, pte = uvm_walk(r, index, UVM_KIND_MISSING, &flags);
+	unsigned entry = atomic_load(&r->ptes[index]);
+	int kind = UVM_KIND_MISSING;
+	bool present = entry == UVM_PTE_WRITE_PROTECTED || entry == UVM_PTE_ZERO_WP ||
+		       entry == UVM_PTE_PRESENT || entry == UVM_PTE_ZERO;
+	if (r->register_mode & UFFDIO_REGISTER_MODE_MINOR) {
+		if (flags & UVM_FLAG_CACHED)
+			kind = write && present && uvm_kernel_truth(r, index) == UVM_TRUTH_PRESENT_WP
+				       ? UVM_KIND_WP
+				       : UVM_KIND_MINOR;
+	} else if (write && present && r->register_mode & UFFDIO_REGISTER_MODE_WP) {
+		kind = UVM_KIND_WP;
+	}
+	(void)pte;
+	uvm_region_put(r);
+	if (!ours)
+		return 0;
+	struct uvm_fault f = {
+		.address = address & ~(uint64_t)(UVM_PAGE - 1),
+		.t_ns = sys_now_ns(),
+		.tid = (uint32_t)syscall(SYS_gettid),
+		.kind = (uint8_t)kind,
+		.access = write,
+		.service = UVM_SERVICE_INLINE,
+	};
+	struct uvm_executor *x = inline_take(&slot);
+	uvm_handle_mm_fault(x, &f);
+	atomic_store(&inline_busy[slot], 0);
+	return 1;
+}
+
+/* ---- starting and stopping ------------------------------------------------------------------------------------ */
+static int uffd_open(int service)
+{
+	const struct uvm_config *c = &uvm_space.config;
+	uint64_t features = c->uffd_features, ioctls;
+	if (service == UVM_SERVICE_INLINE)
+		features |= UFFD_FEATURE_SIGBUS;
+	int fd = c->uffd_from_device ? sys_uffd_from_device(c->uffd_flags)
+				     : sys_userfaultfd(c->uffd_flags);
+	if (fd < 0)
+		return fd;
+	int rc = sys_uffd_api(fd, &features, &ioctls);
+	if (rc < 0) {
+		close(fd);
+		return rc;
+	}
+	return fd;
+}
+
+int uvm_service_uffd(int service)
+{
+	return services[service].uffd;
+}
+
+uint64_t uvm_service_epoch(int service)
+{
+	return services[service].epoch;
+}
+
+int uvm_python_uffd(void)
+{
+	pthread_mutex_lock(&uvm_space.mutex);
+	int fd = services[UVM_SERVICE_PYTHON].uffd;
+	pthread_mutex_unlock(&uvm_space.mutex);
+	return fd >= 0 ? fd : -ENOENT;
+}
+
+static int threads_start(int service)
+{
+	struct service *s = &services[service];
+	int rc = 0;
+	if (service == UVM_SERVICE_PYTHON)
+		return 0;
+	if (event_fd < 0)
+		event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (event_fd < 0)
+		return -errno;
+	atomic_store(&stopping[service], 0);
+	rc = workers_start();
+	if (service == UVM_SERVICE_INLINE)
+		for (int i = 0; i < NR_INLINE; i++) {
+			uvm_executor_init(&inline_executors[i], true, UVM_SERVICE_INLINE);
+			if (!inline_executors[i].buf)
+				rc = -ENOMEM;
+			atomic_store(&inline_busy[i], 0);
+		}
+	if (rc == 0)
+		rc = -pthread_create(&s->thread, NULL,
+				     service == UVM_SERVICE_INLINE ? inline_events_main : fault_main,
+				     NULL);
+	s->has_thread = rc == 0;
+	return rc;
+}
+
+static void threads_stop(int service)
+{
+	struct service *s = &services[service];
+	if (s->has_thread) {
+		atomic_store(&stopping[service], 1);
+		uvm_poke_fault_thread();
+		pthread_join(s->thread, NULL);
+		s->has_thread = false;
+	}
+	if (service == UVM_SERVICE_INLINE)
+		for (int i = 0; i < NR_INLINE; i++)
+			uvm_executor_deinit(&inline_executors[i]);
+	if (!services[UVM_SERVICE_NATIVE].has_thread && !services[UVM_SERVICE_INLINE].has_thread) {
+		workers_end();
+		pthread_mutex_lock(&parked_lock);
+		atomic_store(&nr_parked, 0);
+		pthread_mutex_unlock(&parked_lock);
+		if (event_fd >= 0)
+			close(event_fd);
+		event_fd = -1;
+	}
+}
+
+int uvm_service_start(int service)
+{
+	struct service *s = &services[service];
+	if (s->users++)
+		return 0;
+	if (!uvm_space.configured) {
+		s->users--;
+		return -ENOTCONN;
+	}
+	int fd = uffd_open(service);
+	if (fd < 0) {
+		s->users--;
+		return fd;
+	}
+	s->uffd = fd;
+	s->epoch++;
+	int rc = threads_start(service);
+	if (rc < 0) {
+		threads_stop(service);
+		close(fd);
+		s->uffd = -1;
+		s->users--;
+	}
+	return rc;
+}
+
+void uvm_service_stop(int service)
+{
+	struct service *s = &services[service];
+	if (--s->users)
+		return;
+	threads_stop(service);
+	/* No region is registered any more: this close can let nobody read zeros. */
+	close(s->uffd);
+	s->uffd = -1;
+}
+
+/* ---- fork --------------------------------------------------------------------------------------------------------- */
+void uvm_service_prepare(void)
+{
+	pthread_mutex_lock(&queue_lock);
+	pthread_mutex_lock(&parked_lock);
+}
+
+void uvm_service_parent(void)
+{
+	pthread_mutex_unlock(&parked_lock);
+	pthread_mutex_unlock(&queue_lock);
+}
+
+int uvm_service_child_uffds(void)
+{
+	int first = 0;
+	nr_workers = 0;
+	queue_head[0] = queue_tail[0] = queue_head[1] = queue_tail[1] = 0;
+	atomic_store(&nr_parked, 0);
+	pthread_cond_init(&queue_cond, NULL);
+	pthread_mutex_unlock(&parked_lock);
+	pthread_mutex_unlock(&queue_lock);
+	if (event_fd >= 0)
+		close(event_fd);
+	event_fd = -1;
+	for (int i = 0; i < 3; i++) {
+		struct service *s = &services[i];
+		s->has_thread = false;
+		if (s->uffd < 0)
+			continue;
+		close(s->uffd); /* the parent's memory; a copy here would keep its faulters waiting */
+		s->uffd = -1;
+		if (i == UVM_SERVICE_PYTHON)
+			continue; /* its regions move to the native service */
+		s->uffd = uffd_open(i);
+		s->epoch++;
+		if (s->uffd < 0 && first == 0)
+			first = s->uffd;
+	}
+	return first;
+}
+
+int uvm_service_child_move(int from, int to)
+{
+	services[from].users--;
+	if (services[to].users++ == 0) {
+		services[to].uffd = uffd_open(to);
+		services[to].epoch++;
+	}
+	return services[to].uffd < 0 ? services[to].uffd : 0;
+}
+
+int uvm_service_child_threads(void)
+{
+	int first = 0;
+	for (int i = 0; i < 3; i++) {
+		if (services[i].uffd < 0 || i == UVM_SERVICE_PYTHON)
+			continue;
+		if (i == UVM_SERVICE_INLINE)
+			for (int k = 0; k < NR_INLINE; k++)
+				uvm_executor_deinit(&inline_executors[k]);
+		int rc = threads_start(i);
+		if (rc < 0 && first == 0)
+			first = rc;
+	}
+	return first;
+}
+
+/* ---- configuration, statistics ---------------------------------------------------------------------------------- */
+int uvm_configure(const struct uvm_config *config)
+{
+	if (config->nr_workers < 1 || config->nr_workers > UVM_MAX_WORKERS)
+		return -EINVAL;
+	pthread_mutex_lock(&uvm_space.mutex);
+	uvm_space.config = *config;
+	uvm_space.configured = true;
+	pthread_mutex_unlock(&uvm_space.mutex);
+	return 0;
+}
+
+void uvm_process_stats(struct uvm_process_stats *out)
+{
+	memset(out, 0, sizeof *out);
+	pthread_mutex_lock(&uvm_space.mutex);
+	out->nr_regions = uvm_space.nr_regions;
+	out->nr_caches = uvm_space.nr_caches;
+	out->nr_forked = uvm_space.nr_forked;
+	out->nr_threads = (uint64_t)nr_workers;
+	for (int i = 0; i < 3; i++) {
+		out->nr_threads += services[i].has_thread;
+		out->nr_fds += services[i].uffd >= 0;
+	}
+	out->nr_fds += (uvm_space.pagemap_fd >= 0) + (event_fd >= 0);
+	out->nr_placeholders = (uint64_t)uvm_failure_nr_placeholders();
+	pthread_mutex_unlock(&uvm_space.mutex);
+}
