@@ -1,0 +1,1 @@
+"""State: the address space, its regions and page caches. Follows mm_struct, vm_area_struct, address_space."""

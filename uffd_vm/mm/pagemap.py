@@ -1,0 +1,56 @@
+"""What the kernel says of memory that it serves alone: mincore(2), msync(2), and counts by PAGEMAP_SCAN."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+
+from uffd_vm.errors import UffdError
+from uffd_vm.kernel.mapping import PageCategory, scan
+from uffd_vm.page import PAGE_SIZE, nr_pages
+
+__all__ = ["mincore", "msync", "nr_pages_with"]
+
+
+def nr_pages_with(
+    start: int, end: int, *, need: PageCategory, without: PageCategory = PageCategory(0)
+) -> int | None:
+    """Pages in [start, end) that are of all categories `need` and of none of `without`; None where
+    the kernel cannot tell (no PAGEMAP_SCAN before 6.7)."""
+    try:
+        found = scan(start, end, need=need, tell=need | without)
+        return sum(r.end - r.start for r in found if not r.categories & without) // PAGE_SIZE
+    except UffdError as error:
+        if error.errno in (errno.ENOTTY, errno.ENOSYS):
+            return None
+        raise
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    libc.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+_LOW_BIT = bytes(i & 1 for i in range(256))
+_MS_SYNC = 4
+
+
+def mincore(start: int, nr_bytes: int) -> bytes:
+    """One byte a page: 1 where touching it needs no disk (of a file: it is in the page cache)."""
+    vec = ctypes.create_string_buffer(nr_pages(nr_bytes))
+    if _libc().mincore(start, nr_bytes, vec) < 0:
+        code = ctypes.get_errno()
+        raise UffdError(code, f"mincore: {os.strerror(code)}", "mincore")
+    return vec.raw.translate(_LOW_BIT)
+
+
+def msync(start: int, nr_bytes: int) -> None:
+    """Writes the changes of a shared mapping to its file, and waits."""
+    if _libc().msync(start, nr_bytes, _MS_SYNC) < 0:
+        code = ctypes.get_errno()
+        raise UffdError(code, f"msync: {os.strerror(code)}", "msync")

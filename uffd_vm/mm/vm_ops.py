@@ -1,0 +1,539 @@
+"""What a region can be asked to do, by who serves its faults: struct vm_operations_struct.
+
+`UserfaultOps` asks the native library (service "native" and "inline") or the fault-service process
+("python"); `KernelOps` asks the kernel, for regions that are an ordinary mmap of a file. Each object
+owns what is below a Mapping (native region, page cache, descriptor) and gives it back in
+`close_end()`; none refers to the Mapping, which would keep itself alive.
+
+Pages are counted from the first page of the region. Every method raises RegionClosedError after
+`close_end()`, and StaleRegionError where the native library knows the handle no more.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+from uffd_vm.errors import (
+    BudgetExceeded,
+    FeatureUnavailable,
+    PagerDied,
+    RegionClosedError,
+    SourceChanged,
+    SourceError,
+    SourceTimeout,
+    UffdVmError,
+)
+from uffd_vm.fault.pte import MAPPED, PteState
+from uffd_vm.kernel._lib import CData, check, ffi, lib
+from uffd_vm.kernel.mapping import PageCategory
+from uffd_vm.mm import pagemap
+from uffd_vm.mm.page_cache import FileVersion, PageCache
+from uffd_vm.page import PAGE_SIZE
+from uffd_vm.stats import Latency, Stats, TraceRecord, decode_counters, decode_trace
+
+__all__ = ["Advice", "KernelOps", "UserfaultOps", "VmOps"]
+
+#: Advice by name: (enum uvm_advice, madvise constant).
+Advice = {
+    "normal": (0, mmap.MADV_NORMAL),
+    "sequential": (1, mmap.MADV_SEQUENTIAL),
+    "random": (2, mmap.MADV_RANDOM),
+}
+_POPULATE = {"read": 22, "write": 23}  # MADV_POPULATE_READ, _WRITE (Linux 5.14)
+_MADV_PAGEOUT = 21
+_EHWPOISON = 133  # not in the errno module
+
+
+def _nothing() -> None:
+    pass
+
+
+class VmOps(Protocol):
+    """See the module. Counts are pages; a negative errno never leaves these methods."""
+
+    name: str
+
+    @property
+    def handle(self) -> int:
+        """Slot and generation of the native region; 0 where the kernel serves."""
+        ...
+
+    @property
+    def nr_pages(self) -> int: ...
+
+    @property
+    def asks_process(self) -> bool: ...
+    def in_forked_child(self) -> None: ...
+    def flush_all(self) -> None: ...
+    def close_begin(self) -> None: ...
+    def close_abort(self) -> None: ...
+    def close_end(self) -> None: ...
+    def check_open(self) -> None: ...
+    def check(self) -> None: ...
+    def advise(self, advice: str) -> None: ...
+    def prefetch(self, index: int, nr_pages: int) -> None: ...
+    def load(self, index: int, nr_pages: int) -> None: ...
+    def ensure(self, index: int, nr_pages: int, access: str) -> None: ...
+    def evict(self, index: int, nr_pages: int) -> int: ...
+    def flush(self, index: int, nr_pages: int) -> None: ...
+    def protect(self, index: int, nr_pages: int) -> int: ...
+    def walk(self, index: int, nr_pages: int) -> bytes: ...
+    def ptes(self, index: int, nr_pages: int) -> bytes:
+        """The page-table entries of this address space alone, without what the folio adds.
+
+        Where writes are tracked, every store that was made before the call is in them.
+        """
+        ...
+
+    def mapped_pages(self) -> int: ...
+    def resident_pages(self) -> int: ...
+    def dirty_pages(self) -> int: ...
+    def cache_sizes(self) -> tuple[int, int]:
+        """(bytes held, most bytes) of the page cache; (0, 0) without one."""
+        ...
+
+    def stats(self) -> Stats: ...
+    def trace(self) -> list[TraceRecord]: ...
+
+
+class _Memory(abc.ABC):
+    """What both kinds share: where the memory is, whether it is still there."""
+
+    def __init__(self, name: str, start: int, nbytes: int) -> None:
+        self.name = name
+        self.start = start
+        self.nbytes = nbytes
+        self.nr_pages = -(-nbytes // PAGE_SIZE)
+        self.closed = False
+
+    @property
+    def asks_process(self) -> bool:
+        return False
+
+    @property
+    def end(self) -> int:
+        return self.start + self.nr_pages * PAGE_SIZE
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise RegionClosedError(f"region {self.name!r} is closed; map it again to use it")
+
+    def in_forked_child(self) -> None:
+        """The process is a forked child now."""
+
+    @abc.abstractmethod
+    def flush(self, index: int, nr_pages: int) -> None:
+        """Writes the dirty pages of the range back; durable on return."""
+
+    def flush_all(self) -> None:
+        self.flush(0, self.nr_pages)
+
+    def _address(self, index: int) -> int:
+        return self.start + index * PAGE_SIZE
+
+    def _madvise(self, index: int, nr_pages: int, advice: int) -> int:
+        return int(lib.uvm_madvise(self._address(index), nr_pages * PAGE_SIZE, advice))
+
+    def _private_pages(self) -> int:
+        """Pages that are this process's own copies."""
+        without = PageCategory.FILE | PageCategory.PFNZERO
+        n = pagemap.nr_pages_with(self.start, self.end, need=PageCategory.PRESENT, without=without)
+        return n or 0
+
+
+class UserfaultOps(_Memory):
+    """A region whose faults userfaultfd sends to us."""
+
+    def __init__(
+        self,
+        name: str,
+        start: int,
+        nbytes: int,
+        *,
+        handle: int,
+        cache: PageCache | None,
+        shared: bool,
+        writable: bool,
+        tracked: bool,
+        before_end: Callable[[], None],
+        release: Callable[[], None],
+        request: Callable[[str, int, int, int], int] | None = None,
+    ) -> None:
+        super().__init__(name, start, nbytes)
+        self._before_end = before_end
+        self._handle = handle
+        self.cache = cache
+        self._shared = shared
+        self._writable = writable
+        self._tracked = tracked
+        self._release = release
+        self._request = request  # service="python": the process does it
+
+    @property
+    def handle(self) -> int:
+        return self._handle
+
+    @property
+    def asks_process(self) -> bool:
+        return self._request is not None
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def in_forked_child(self) -> None:
+        # The fault-service process is the parent's; here native code serves.
+        self._request = None
+        self._before_end = _nothing
+
+    def close_begin(self) -> None:
+        self._check(lib.uvm_region_close_begin(self.handle), "close")
+
+    def close_abort(self) -> None:
+        self._check(lib.uvm_region_close_abort(self.handle), "close")
+
+    def close_end(self) -> None:
+        self.closed = True
+        try:
+            self._before_end()
+        finally:
+            rc = lib.uvm_region_close_end(self.handle)
+            self._release()
+        check(rc, f"close of region {self.name!r}")
+
+    def check_open(self) -> None:
+        super().check_open()
+        self._check(lib.uvm_region_check(self.handle), "check")
+
+    def _check(self, rc: int, what: str) -> int:
+        return check(rc, what, region=self.name)
+
+    def check(self) -> None:
+        self.check_open()
+        failure = ffi.new("struct uvm_failure *")
+        if self._check(lib.uvm_region_failed(self.handle, failure, 1), "check"):
+            self._raise_failure(failure)
+
+    def _check_sticky(self) -> None:
+        """Raises a failure that nobody could be told of, and leaves it for check() to clear."""
+        self.check_open()
+        failure = ffi.new("struct uvm_failure *")
+        if self._check(lib.uvm_region_failed(self.handle, failure, 0), "check"):
+            self._raise_failure(failure)
+
+    def _raise_failure(self, failure: CData) -> NoReturn:
+        cls, what = _FAILURES.get(int(failure.kind), (UffdVmError, "the fault failed"))
+        self._raise(
+            cls,
+            f"a touch in a thread that could not be told failed: {what}",
+            failure.err,
+            failure.index,
+        )
+
+    def _raise(self, cls: type[UffdVmError], what: str, code: int, index: int) -> NoReturn:
+        offset = index * PAGE_SIZE
+        message = f"region {self.name!r}, page {index} (bytes from {offset}): {what}"
+        if code:
+            message += f": {os.strerror(code)}"
+        if not issubclass(cls, SourceError):
+            raise cls(message)
+        error = cls(message, errno=code or None)
+        error.region, error.index = self.name, index
+        raise error
+
+    def _raise_errno(self, rc: int, what: str, index: int) -> NoReturn:
+        """For calls that do the work of a fault: -errno tells what became of the source."""
+        self.check_open()  # -ESTALE of a closed region
+        cls, why = {
+            errno.ESTALE: (SourceChanged, "the file is not what was mapped; map it again"),
+            errno.ENODATA: (SourceChanged, "the file is shorter than it was; map it again"),
+            errno.ETIMEDOUT: (SourceTimeout, "the region's deadline passed"),
+            errno.EPIPE: (PagerDied, "the serving process died"),
+            errno.ENOMEM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
+        }.get(-rc, (SourceError, what))
+        self._raise(cls, why, -rc, index)
+
+    def _ask(self, op: str, index: int, nr_pages: int) -> int:
+        """service="python": the fault-service process does it."""
+        assert self._request is not None
+        try:
+            return self._request(op, self.handle, index, nr_pages)
+        except UffdVmError:
+            raise
+        except OSError as error:
+            failed = int(getattr(error, "failed_index", None) or index)
+            self._raise_errno(-(error.errno or errno.EIO), f"{op} failed", failed)
+
+    # --- pages --------------------------------------------------------------------------------------
+
+    def advise(self, advice: str) -> None:
+        self._check_sticky()
+        self._check(lib.uvm_region_advise(self.handle, Advice[advice][0]), "advise")
+
+    def prefetch(self, index: int, nr_pages: int) -> None:
+        self._check_sticky()
+        if self._request:
+            self._ask("prefetch", index, nr_pages)
+            return
+        rc = lib.uvm_region_prefetch(self.handle, index, nr_pages)
+        if rc != -errno.EAGAIN:  # the queue is full: prefetch is advice, the fault will do it
+            self._check(rc, "prefetch")
+
+    def load(self, index: int, nr_pages: int) -> None:
+        self._check_sticky()
+        if self._request:
+            self._ask("load", index, nr_pages)
+            return
+        failed = ffi.new("uint64_t *")
+        rc = lib.uvm_region_load(self.handle, index, nr_pages, failed)
+        if rc < 0:
+            self._raise_errno(rc, "load failed", failed[0])
+
+    def ensure(self, index: int, nr_pages: int, access: str) -> None:
+        self.load(index, nr_pages)
+        rc = self._madvise(index, nr_pages, _POPULATE[access])
+        if rc in (-errno.EFAULT, -_EHWPOISON):
+            self.load(index, nr_pages)  # says which page, and why
+        if rc != -errno.EINVAL:  # before Linux 5.14: loaded is what we can do
+            self._check(rc, "MADV_POPULATE")
+
+    def evict(self, index: int, nr_pages: int) -> int:
+        self._check_sticky()
+        if self._request:
+            return self._ask("evict", index, nr_pages)
+        return self._check(lib.uvm_region_evict(self.handle, index, nr_pages), "evict")
+
+    def flush(self, index: int, nr_pages: int) -> None:
+        self._check_sticky()
+        if not (self._shared and self._writable):
+            return  # nothing here ever goes home
+        if self._request:
+            self._ask("flush", index, nr_pages)
+            return
+        rc = lib.uvm_region_flush(self.handle, index, nr_pages)
+        if rc < 0:
+            self._raise_errno(rc, "write-back failed", index)
+
+    def protect(self, index: int, nr_pages: int) -> int:
+        self._check_sticky()
+        if self._request:
+            return self._ask("protect", index, nr_pages)
+        return self._check(lib.uvm_region_protect(self.handle, index, nr_pages), "protect")
+
+    def _wait_published(self) -> None:
+        """The ioctl that grants a store wakes the storing thread; that the page is dirty is published
+        after it, under a page-table lock. Protecting nothing takes all of these once: then it is."""
+        if self._tracked:
+            self.protect(0, 0)
+
+    def walk(self, index: int, nr_pages: int) -> bytes:
+        self.check_open()
+        states = ffi.new("uint8_t[]", nr_pages)
+        self._check(lib.uvm_region_walk(self.handle, index, nr_pages, states), "walk")
+        return bytes(ffi.buffer(states))
+
+    def ptes(self, index: int, nr_pages: int) -> bytes:
+        self._wait_published()
+        ptes = lib.uvm_region_ptes(self.handle)
+        return bytes(ffi.buffer(ptes + index, nr_pages))
+
+    # --- numbers ------------------------------------------------------------------------------------
+
+    def mapped_pages(self) -> int:
+        self.check_open()
+        n = pagemap.nr_pages_with(self.start, self.end, need=PageCategory.PRESENT)
+        return int(self._ctl().nr_present) if n is None else n
+
+    def resident_pages(self) -> int:
+        self.check_open()
+        return self._check(lib.uvm_region_resident(self.handle), "residency")
+
+    def dirty_pages(self) -> int:
+        self.check_open()
+        if not self._writable:
+            return 0
+        if self._shared and self.cache is not None:
+            return self.cache.dirty_bytes // PAGE_SIZE
+        return self._private_pages()
+
+    def cache_sizes(self) -> tuple[int, int]:
+        self.check_open()
+        return (self.cache.used_bytes, self.cache.cap_bytes) if self.cache else (0, 0)
+
+    def _ctl(self) -> CData:
+        ctl = lib.uvm_region_ctl(self.handle)
+        if ctl == ffi.NULL:
+            self._check(-errno.ESTALE, "stats")
+        return ctl
+
+    def stats(self) -> Stats:
+        self.check_open()
+        ctl = self._ctl()
+        return Stats(
+            decode_counters(ffi.unpack(ctl.counters, len(ctl.counters))),
+            Latency(tuple(ffi.unpack(ctl.latency, len(ctl.latency)))),
+        )
+
+    def trace(self) -> list[TraceRecord]:
+        self.check_open()
+        ctl = self._ctl()
+        before = ctl.trace_head
+        ring = bytes(ffi.buffer(ctl.trace))
+        return decode_trace(ring, before, ctl.trace_head)
+
+
+class KernelOps(_Memory):
+    """An ordinary mmap of a file: the kernel serves its faults, we pass requests on.
+
+    Owns a descriptor of the file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: int,
+        nbytes: int,
+        *,
+        fd: int,
+        offset: int,
+        version: FileVersion,
+        mode: str,
+        release: Callable[[], None],
+    ) -> None:
+        super().__init__(name, start, nbytes)
+        self._fd = os.dup(fd)
+        self._offset = offset
+        self._version = version
+        self._mode = mode
+        self._release = release
+
+    @property
+    def handle(self) -> int:
+        return 0
+
+    def close_begin(self) -> None:
+        pass
+
+    def close_abort(self) -> None:
+        pass
+
+    def close_end(self) -> None:
+        self.closed = True
+        os.close(self._fd)
+        self._release()
+
+    def check(self) -> None:
+        """Raises SourceChanged when the file is shorter than what is mapped: touching the end would
+        be SIGBUS."""
+        self.check_open()
+        size = os.fstat(self._fd).st_size
+        if size < self._offset + self.nbytes:
+            raise SourceChanged(
+                f"region {self.name!r}: the file had {self._version.size} bytes when it was mapped and "
+                f"has {size} now; memory past its end gives SIGBUS. Map it again"
+            )
+
+    def advise(self, advice: str) -> None:
+        self.check_open()
+        check(self._madvise(0, self.nr_pages, Advice[advice][1]), "madvise", region=self.name)
+
+    def prefetch(self, index: int, nr_pages: int) -> None:
+        self.check_open()
+        check(self._madvise(index, nr_pages, mmap.MADV_WILLNEED), "MADV_WILLNEED", region=self.name)
+
+    def load(self, index: int, nr_pages: int) -> None:
+        self.ensure(index, nr_pages, "read")
+
+    def ensure(self, index: int, nr_pages: int, access: str) -> None:
+        self.check()
+        rc = self._madvise(index, nr_pages, _POPULATE[access])
+        if rc == -errno.EFAULT:
+            self.check()
+        check(rc, "MADV_POPULATE", region=self.name)
+
+    def evict(self, index: int, nr_pages: int) -> int:
+        """Drops pages from this process and, where nobody else maps them, from the page cache.
+
+        Private copies (mode "c") are never thrown away: there the kernel is asked to reclaim
+        (MADV_PAGEOUT), which it does for unchanged pages and, with swap, for changed ones.
+        """
+        self.check_open()
+        before = self._cached(index, nr_pages)
+        if self._mode == "c":
+            self._madvise(index, nr_pages, _MADV_PAGEOUT)
+        else:
+            self.flush(index, nr_pages)
+            rc = self._madvise(index, nr_pages, mmap.MADV_DONTNEED)
+            check(rc, "MADV_DONTNEED", region=self.name)
+            start = self._offset + index * PAGE_SIZE
+            os.posix_fadvise(self._fd, start, nr_pages * PAGE_SIZE, os.POSIX_FADV_DONTNEED)
+        return max(0, before - self._cached(index, nr_pages))
+
+    def _cached(self, index: int, nr_pages: int) -> int:
+        return self.walk(index, nr_pages).count(PteState.PRESENT)
+
+    def flush(self, index: int, nr_pages: int) -> None:
+        self.check_open()
+        if self._mode == "r+":
+            pagemap.msync(self._address(index), nr_pages * PAGE_SIZE)
+            os.fsync(self._fd)
+
+    def protect(self, index: int, nr_pages: int) -> int:
+        raise FeatureUnavailable(
+            f"region {self.name!r} is served by the kernel, which tells us of no write; map it with "
+            "track=True"
+        )
+
+    def walk(self, index: int, nr_pages: int) -> bytes:
+        self.check_open()
+        cached = pagemap.mincore(self._address(index), nr_pages * PAGE_SIZE)
+        return cached.replace(b"\1", bytes([PteState.PRESENT]))
+
+    def ptes(self, index: int, nr_pages: int) -> bytes:
+        return self.walk(index, nr_pages)
+
+    def mapped_pages(self) -> int:
+        self.check_open()
+        n = pagemap.nr_pages_with(self.start, self.end, need=PageCategory.PRESENT)
+        return self.resident_pages() if n is None else n
+
+    def resident_pages(self) -> int:
+        step = 1 << 20
+        return sum(
+            self._cached(i, min(step, self.nr_pages - i)) for i in range(0, self.nr_pages, step)
+        )
+
+    def dirty_pages(self) -> int:
+        self.check_open()
+        return self._private_pages() if self._mode == "c" else 0
+
+    def cache_sizes(self) -> tuple[int, int]:
+        self.check_open()
+        return 0, 0
+
+    def stats(self) -> Stats:
+        self.check_open()
+        return Stats({})
+
+    def trace(self) -> list[TraceRecord]:
+        raise FeatureUnavailable(
+            f"region {self.name!r} is served by the kernel, so its faults are not seen by us; map it with "
+            "trace=True"
+        )
+
+
+#: Translates PteState bytes to 1 where the kernel maps something.
+PRESENT_BYTES = bytes(int(i in {*MAPPED, PteState.CACHED}) for i in range(256))
+#: ... where a store has happened since the page was armed.
+WRITTEN_BYTES = bytes(int(i == PteState.PRESENT) for i in range(256))
+
+_FAILURES: dict[int, tuple[type[UffdVmError], str]] = {
+    lib.UVM_FAILURE_SOURCE: (SourceError, "the source failed"),
+    lib.UVM_FAILURE_TIMEOUT: (SourceTimeout, "the region's deadline passed"),
+    lib.UVM_FAILURE_CHANGED: (SourceChanged, "the file is not what was mapped; map it again"),
+    lib.UVM_FAILURE_PAGER: (PagerDied, "the serving process died"),
+    lib.UVM_FAILURE_OOM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
+}

@@ -1,0 +1,197 @@
+"""Typed exceptions in the thread whose touch of lazy memory failed.
+
+The flow: native/failure.c (the SIGBUS handler) covers the failed page with a private placeholder and sets
+one of the classes below for the touching thread; CPython raises it once the C call has ended, and
+making it asks `_details()`: which page of which region, and why. Asking also takes the placeholder away:
+the page is missing again, and the next touch tries again.
+
+Owns the classes (native code borrows them), the names of regions, and the native helper threads, which
+live from the first region that raises to the last. Threads that Python does not know cannot be told: for
+those `region.check()` raises later.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import os
+import signal
+import threading
+import weakref
+from typing import Any
+
+from uffd_vm import errors
+from uffd_vm.errors import (
+    BudgetExceeded,
+    FailureDetails,
+    PagerDied,
+    SourceChanged,
+    SourceError,
+    SourceTimeout,
+)
+from uffd_vm.kernel._lib import check, ffi, lib
+from uffd_vm.page import PAGE_SIZE
+
+__all__ = ["install", "register_region", "shutdown", "unregister_region"]
+
+log = logging.getLogger("uffd_vm")
+
+
+# --- the classes that native code raises ----------------------------------------------------------
+
+
+class _OutOfMemory(BudgetExceeded):
+    """No memory for a page. Made without arguments by native code."""
+
+    def __init__(self) -> None:
+        details = _details()
+        super().__init__(details.message if details else "no memory for a page of a lazy region")
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C while the main thread waited for a page: the signal was held back for this exception.
+
+    A handler of the user's own is called as well: the touch still has to end in an exception, because
+    its value was never read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _details()
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            signal.raise_signal(signal.SIGINT)
+
+
+for _private, _public in ((_OutOfMemory, BudgetExceeded), (_Interrupted, KeyboardInterrupt)):
+    _private.__name__ = _private.__qualname__ = _public.__name__
+    _private.__module__ = _public.__module__
+
+_CLASSES: dict[int, type[BaseException]] = {
+    lib.UVM_FAILURE_SOURCE: SourceError,
+    lib.UVM_FAILURE_TIMEOUT: SourceTimeout,
+    lib.UVM_FAILURE_CHANGED: SourceChanged,
+    lib.UVM_FAILURE_PAGER: PagerDied,
+    lib.UVM_FAILURE_OOM: _OutOfMemory,
+    lib.UVM_FAILURE_BUG: SourceError,
+    lib.UVM_FAILURE_INTERRUPT: _Interrupted,
+}
+
+# What happened, and what to do.
+_TEXTS: dict[int, tuple[str, str]] = {
+    lib.UVM_FAILURE_SOURCE: ("the source could not be read", "touch it again to try again"),
+    lib.UVM_FAILURE_TIMEOUT: (
+        "the source did not answer before the region's deadline",
+        "touch it again to try again, or give the region a longer deadline",
+    ),
+    lib.UVM_FAILURE_CHANGED: ("the source is not the version that was mapped", "map it again"),
+    lib.UVM_FAILURE_PAGER: ("the process that serves this memory died", "map it again"),
+    lib.UVM_FAILURE_OOM: ("there is no memory for the page", "free some, or raise the budget"),
+    lib.UVM_FAILURE_BUG: ("uffd_vm could not decide this fault", "please report this as a bug"),
+    lib.UVM_FAILURE_INTERRUPT: ("interrupted", "touch it again to try again"),
+}
+
+
+# --- names of regions ------------------------------------------------------------------------------
+
+_names: dict[int, str] = {}
+_regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def register_region(handle: int, name: str, region: object | None = None) -> None:
+    """What error messages call the region (its file's name, say), and what their `.region` is."""
+    _names[handle] = name
+    if region is not None:
+        _regions[handle] = region
+
+
+def unregister_region(handle: int) -> None:
+    """After close; unknown handles are ignored."""
+    _names.pop(handle, None)
+    _regions.pop(handle, None)
+
+
+# --- details -----------------------------------------------------------------------------------------
+
+
+def describe(handle: int, index: int, kind: int, err: int) -> FailureDetails:
+    """What an exception about page `index` of the region says."""
+    what, cure = _TEXTS.get(kind, _TEXTS[lib.UVM_FAILURE_SOURCE])
+    name = _names.get(handle)
+    place = f"region {name!r}" if name is not None else f"region {handle:#x}"
+    offset = index * PAGE_SIZE
+    # errno says more only where it is not the text in other words
+    if err and kind in (lib.UVM_FAILURE_SOURCE, lib.UVM_FAILURE_BUG):
+        what += f": {os.strerror(err)}"
+    elif kind == lib.UVM_FAILURE_CHANGED and err == errno.ENODATA:
+        what += ": it is shorter than it was"
+    return FailureDetails(
+        message=f"{place}, bytes {offset} to {offset + PAGE_SIZE} (page {index}): {what}; {cure}",
+        errno=err or errno.EIO,
+        region=_regions.get(handle, name),
+        index=index,
+    )
+
+
+def _details() -> FailureDetails | None:
+    """Of the failure that the calling thread is being told; its placeholders go away."""
+    out = ffi.new("struct uvm_failure *")
+    if lib.uvm_failure_take(out) != 1:
+        return None
+    return describe(int(out.region), int(out.index), int(out.kind), int(out.err))
+
+
+# --- life ------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_users = 0
+_at_exit = False
+
+
+def install() -> None:
+    """Before a region whose failures raise. Each call wants its `shutdown()`.
+
+    Every call looks whether the SIGBUS handler is still ours (faulthandler.enable() replaces it), and
+    puts it back, in front of the one found there.
+    """
+    global _users, _at_exit
+    with _lock:
+        if _users and not lib.uvm_sigbus_in_force():
+            log.info(
+                "another SIGBUS handler was installed over ours; it is chained behind ours now"
+            )
+        check(lib.uvm_sigbus_install(), "sigaction(SIGBUS)")
+        if _users == 0:
+            for kind, cls in _CLASSES.items():
+                lib.uvm_failure_set_class(kind, id(cls))
+            errors.failure_details = _details
+            check(lib.uvm_janitor_start(), "pthread_create(uvm-janitor)")
+            if not _at_exit:
+                # Native code must not wait for the GIL of an interpreter that is going away.
+                _at_exit = True
+                atexit.register(_stop_at_exit)
+        _users += 1
+
+
+def shutdown() -> None:
+    """After the region is closed; the last one stops the helper threads and gives SIGBUS back."""
+    global _users
+    with _lock:
+        if _users == 0:
+            raise RuntimeError("shutdown() without install()")
+        _users -= 1
+        if _users == 0:
+            lib.uvm_janitor_stop()
+            lib.uvm_sigbus_remove()
+
+
+def _stop_at_exit() -> None:
+    lib.uvm_janitor_stop()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,524 @@
+"""The page cache of file regions, as mm/filemap.c: folio words, reads, write-back, reclaim.
+
+The content lies in a memfd that the owner maps; the folio words lie in its control memfd. A Read is a
+run of locked folios being brought in: it has a buffer, and it is what faults wait for and join. Only
+one is ever in flight for a folio. The file is the version that was mapped (size and mtime), else every
+read of it fails with CHANGED: bytes of two versions never meet.
+
+Never held across I/O: any lock. Runs in the fault-service thread, but for Read.read_blocking() and
+the write and fsync of write-back, which run in a worker and touch only their own buffer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING
+
+from uffd_vm.fault.pte import FolioState
+from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
+from uffd_vm.service.fault_service.completion import Event, Job, Task, Workers
+
+if TYPE_CHECKING:
+    from uffd_vm.service.fault_service.address_space import Region
+
+__all__ = ["BUFFER_PAGES", "ECHANGED", "BufferPool", "PageCache", "Read", "ZeroFolio"]
+
+BUFFER_PAGES = 512  # largest run of one read: 2 MiB
+WRITEBACK_PAGES = 64
+_READ_RETRIES_S = (0.01, 0.02)
+_TRANSIENT = frozenset((errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS))
+CTL_BYTES = 65536  # UVM_CACHE_CTL_BYTES
+_CTL_WORDS = 10  # struct uvm_cache_ctl
+_NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK, _NR_ATTACHED = range(8)
+_WB_ERR_SEQ, _WB_ERR = 8, 9
+
+#: Beside errno values: the file is not the version that was mapped.
+ECHANGED = 10_001
+
+_ABSENT, _FILLING, _UPTODATE, _DIRTY, _WRITEBACK, _ERROR, _EVICTING = (int(s) for s in FolioState)
+_NOT_CHARGED = frozenset((_ABSENT, _ERROR))
+_NOT_HOME = frozenset((_DIRTY, _WRITEBACK))
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def punch_hole(fd: int, offset: int, nr_bytes: int) -> None:
+    if _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, nr_bytes):
+        err = ctypes.get_errno()
+        raise OSError(err, os.strerror(err))
+
+
+class Buffer:
+    """Resident memory that a read goes into and a COPY takes from: never part of a region."""
+
+    __slots__ = ("address", "memory", "nr_pages", "view")
+
+    def __init__(self, nr_pages: int) -> None:
+        self.nr_pages = nr_pages
+        self.memory = mmap.mmap(-1, nr_pages * PAGE_SIZE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.view = memoryview(self.memory)
+
+
+class BufferPool:
+    """Buffers of one size class each (a power of two pages), given back and used again."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Buffer]] = {}
+
+    def get(self, nr_pages: int) -> Buffer:
+        size = 1 << (nr_pages - 1).bit_length()
+        free = self._free.setdefault(size, [])
+        return free.pop() if free else Buffer(size)
+
+    def put(self, buffer: Buffer) -> None:
+        self._free[buffer.nr_pages].append(buffer)
+
+
+class Read(Event):
+    """Folios [index, index + nr_pages) of a cache, locked while their content comes in."""
+
+    __slots__ = (
+        "_got",
+        "_wanted",
+        "address",
+        "buffer",
+        "cache",
+        "err",
+        "index",
+        "nr_pages",
+        "pins",
+    )
+
+    def __init__(self, cache: PageCache, index: int, nr_pages: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.index = index
+        self.nr_pages = nr_pages
+        self.err = 0  # errno, or ECHANGED
+        self.pins = 0
+        self.buffer = cache.buffers.get(nr_pages)
+        self.address = self.buffer.address
+        self._got = 0
+        self._wanted = min(nr_pages << PAGE_SHIFT, cache.size - (index << PAGE_SHIFT))
+
+    def holds(self, index: int) -> bool:
+        """The content of that folio is here, complete."""
+        return self.happened and not self.err and self.index <= index < self.index + self.nr_pages
+
+    def address_of(self, index: int) -> int:
+        return self.address + ((index - self.index) << PAGE_SHIFT)
+
+    def unpin(self) -> None:
+        """The last one out unlocks the folios that nobody has installed, and returns the buffer."""
+        self.pins -= 1
+        if not self.pins:
+            self.cache.end_read(self)
+
+    def read_nowait(self) -> bool:
+        """Takes what the kernel has cached of the file. True: all is here, no disk was waited for."""
+        try:
+            self._got = os.preadv(
+                self.cache.file_fd,
+                [self.buffer.view[: self._wanted]],
+                self.index << PAGE_SHIFT,
+                os.RWF_NOWAIT,
+            )
+        except OSError:  # it would block, or the file system cannot tell; an error comes again
+            return False
+        return self._got == self._wanted
+
+    def read_blocking(self) -> int:
+        """Reads what is missing yet; a transient failure is tried again. In a worker."""
+        for delay_s in _READ_RETRIES_S:
+            try:
+                return self._read_rest()
+            except OSError as error:
+                if error.errno not in _TRANSIENT:
+                    raise
+            time.sleep(delay_s)
+        return self._read_rest()
+
+    def _read_rest(self) -> int:
+        offset = self.index << PAGE_SHIFT
+        while self._got < self._wanted:
+            view = self.buffer.view[self._got : self._wanted]
+            n = os.preadv(self.cache.file_fd, [view], offset + self._got)
+            if n == 0:
+                return -ECHANGED  # it ends before the size that was mapped
+            self._got += n
+        return 0
+
+    def complete(self, err: int) -> None:
+        """All bytes are here, or err says why not: zero-fills the tail and asks whether the file still
+        is the version that was mapped, after the last byte was read."""
+        if not err and not self.cache.is_unchanged():
+            err = ECHANGED
+        if not err and self._wanted < self.nr_pages << PAGE_SHIFT:
+            tail = self.nr_pages * PAGE_SIZE - self._wanted
+            self.buffer.view[self._wanted : self.nr_pages * PAGE_SIZE] = bytes(tail)
+        self.err = err
+
+
+class ZeroFolio:
+    """The content of a fresh anonymous page: at hand for every index, nobody's to lock."""
+
+    __slots__ = ("address", "buffer", "index", "nr_pages", "pins")
+
+    def __init__(self) -> None:
+        self.buffer = Buffer(1)
+        self.address = self.buffer.address
+        self.index = 0
+        self.nr_pages = 0  # no neighbours
+        self.pins = 0
+
+    def holds(self, index: int) -> bool:
+        return True
+
+    def address_of(self, index: int) -> int:
+        return self.address
+
+    def unpin(self) -> None:
+        self.pins -= 1
+
+
+class PageCache:
+    """One address_space: `nr_pages` folios over one file. Takes ownership of the descriptors."""
+
+    def __init__(
+        self, ctl_fd: int, data_fd: int, file_fd: int, workers: Workers, buffers: BufferPool
+    ) -> None:
+        self.ctl_fd, self.data_fd, self.file_fd = ctl_fd, data_fd, file_fd
+        self.key = os.fstat(ctl_fd).st_ino
+        self.workers = workers
+        self.buffers = buffers
+        self._map = mmap.mmap(ctl_fd, os.fstat(ctl_fd).st_size)
+        view = memoryview(self._map)
+        self._ctl = view[: 8 * _CTL_WORDS].cast("Q")
+        self.nr_pages = self._ctl[_NR_PAGES]
+        self.size = self._ctl[_SIZE]
+        self.folios = view[CTL_BYTES : CTL_BYTES + 4 * self.nr_pages].cast("I")
+        self.regions: list[Region] = []
+        self.reads: dict[int, Read] = {}  # in flight, or complete and not yet taken, by folio
+        self._nr_jobs = 0
+        self._nr_writing = 0  # writes of ours that are under way
+        self._seen_wb_err = self._ctl[_WB_ERR_SEQ]
+        self._extents: deque[tuple[int, int]] = deque()  # in the order they were filled
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """What an earlier process left half done: what it was filling is absent, what it was writing
+        back is dirty still."""
+        for index in self._touched():
+            state = self.state(index)
+            if state == _FILLING:  # unless the process died between commit and word
+                self.set_state(index, 1, self._state_of_what_is_there(index))
+            elif state == _WRITEBACK:
+                self.set_state(index, 1, _DIRTY)
+            elif state not in _NOT_CHARGED:
+                self._note_extent(index, 1)
+
+    def _touched(self) -> Iterator[int]:
+        """Indexes whose words were ever written, by the page: a huge sparse file costs nothing."""
+        at, end = CTL_BYTES, CTL_BYTES + 4 * self.nr_pages
+        while at < end:
+            try:
+                at = os.lseek(self.ctl_fd, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing from here to the end
+                return
+            stop = min((at // PAGE_SIZE + 1) * PAGE_SIZE, end)
+            yield from range((at - CTL_BYTES) // 4, (stop - CTL_BYTES) // 4)
+            at = stop
+
+    def _state_of_what_is_there(self, index: int) -> int:
+        """A page that is in the memfd was complete: COPY and pwrite never show half of one. It may
+        have been written to since, so where that is possible it counts as dirty."""
+        try:
+            there = os.lseek(self.data_fd, index << PAGE_SHIFT, os.SEEK_DATA) == index << PAGE_SHIFT
+        except OSError:  # ENXIO: nothing from here to the end
+            there = False
+        if not there:
+            return _ABSENT
+        writable = fcntl.fcntl(self.file_fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        return _DIRTY if writable else _UPTODATE
+
+    # --- folio words ----------------------------------------------------------------------------
+
+    def state(self, index: int) -> int:
+        return self.folios[index] & 0xFF
+
+    def absent(self, index: int) -> bool:
+        return self.folios[index] & 0xFF in _NOT_CHARGED and index not in self.reads
+
+    def is_being_read(self, index: int) -> bool:
+        """Locked by a read that is not complete."""
+        read = self.reads.get(index)
+        return read is not None and not read.happened
+
+    def set_state(self, index: int, nr_pages: int, to: int) -> None:
+        """Moves the words; nr_used and nr_dirty follow."""
+        folios = self.folios
+        used = dirty = 0
+        for word in folios[index : index + nr_pages]:
+            state = word & 0xFF
+            used += state not in _NOT_CHARGED
+            dirty += state in _NOT_HOME
+        folios[index : index + nr_pages] = memoryview(array("I", (to,)) * nr_pages)
+        ctl = self._ctl
+        now = 0 if to in _NOT_CHARGED else nr_pages
+        if now != used:
+            ctl[_NR_USED] += now - used
+            if ctl[_NR_USED] > ctl[_NR_PEAK]:
+                ctl[_NR_PEAK] = ctl[_NR_USED]
+        now = nr_pages if to in _NOT_HOME else 0
+        if now != dirty:
+            ctl[_NR_DIRTY] += now - dirty
+
+    def is_unchanged(self) -> bool:
+        """Is the file the version that was mapped? Our own write-back moves mtime on, and while one is
+        under way mtime says nothing. XXX another writer, who ignores our lock, goes unseen then."""
+        stat = os.fstat(self.file_fd)
+        if stat.st_size != self.size:
+            return False
+        return stat.st_mtime_ns == self._ctl[_MTIME_NS] or self._nr_writing > 0
+
+    def _note_extent(self, index: int, nr_pages: int) -> None:
+        extents = self._extents
+        if extents and extents[-1][0] + extents[-1][1] == index:
+            first, n = extents.pop()
+            index, nr_pages = first, n + nr_pages
+        extents.append((index, nr_pages))
+
+    # --- reads ----------------------------------------------------------------------------------
+
+    def start_read(self, index: int, nr_pages: int, may_block: bool = True) -> Read:
+        """Locks the folios and starts to bring them in. Complete already if no disk is waited for."""
+        read = Read(self, index, nr_pages)
+        self.set_state(index, nr_pages, _FILLING)
+        for folio in range(index, index + nr_pages):
+            self.reads[folio] = read
+        if read.read_nowait():
+            read.complete(0)
+            read.happened = True
+            return read
+        job = Job(read.read_blocking)
+        job.then(lambda: self._read_completed(read, job))
+        self.workers.submit(job)
+        return read
+
+    def _read_completed(self, read: Read, job: Job) -> None:
+        read.complete(-job.result)
+        read.pins += 1
+        try:
+            read.happen()  # restarts the faults that are parked here; each pins it for itself
+        finally:
+            read.unpin()
+
+    def end_read(self, read: Read) -> None:
+        """Nobody wants it any more: what was not installed is absent again."""
+        folios = self.folios
+        for folio in range(read.index, read.index + read.nr_pages):
+            if self.reads.get(folio) is read:
+                del self.reads[folio]
+                if folios[folio] & 0xFF == _FILLING:
+                    self.set_state(folio, 1, _ABSENT)
+        self.buffers.put(read.buffer)
+
+    def mark_uptodate(self, index: int, nr_pages: int) -> None:
+        """folio_mark_uptodate(): the content is in the memfd now. Nobody need lock it to have it."""
+        self.set_state(index, nr_pages, _UPTODATE)
+        self._note_extent(index, nr_pages)
+        for folio in range(index, index + nr_pages):
+            self.reads.pop(folio, None)
+
+    def mark_dirty(self, index: int) -> None:
+        """folio_mark_dirty(): somebody may store into it from now on."""
+        self.set_state(index, 1, _DIRTY)
+
+    def read_cached(self, index: int, nr_pages: int) -> Read:
+        """A copy of folios that the memfd has: complete at once, and it locks nothing."""
+        read = Read(self, index, nr_pages)
+        view = read.buffer.view[: nr_pages << PAGE_SHIFT]
+        os.preadv(self.data_fd, [view], index << PAGE_SHIFT)
+        read.happened = True
+        return read
+
+    def fill_cache(self, read: Read, index: int, nr_pages: int) -> int:
+        """Puts whole pages of a complete read into the memfd. Returns the bytes put there."""
+        offset = (index - read.index) << PAGE_SHIFT
+        view = read.buffer.view[offset : offset + (nr_pages << PAGE_SHIFT)]
+        return os.pwrite(self.data_fd, view, index << PAGE_SHIFT)
+
+    # --- reclaim --------------------------------------------------------------------------------
+
+    @property
+    def out_of_reach(self) -> bool:
+        """A forked child of the owner maps the same folios and may write to them: its page tables cannot
+        be protected from here. So what is dirty is written but stays dirty, nothing is evicted, and
+        the cap gives way."""
+        return self._ctl[_NR_ATTACHED] > 1
+
+    def room_for(self, nr_pages: int) -> bool:
+        if self.out_of_reach:
+            return True
+        return self._ctl[_NR_USED] + nr_pages <= self._ctl[_CAP]
+
+    def shrink(self, nr_pages: int) -> int:
+        """Gives back clean folios, the oldest first, until nr_pages more fit. Returns how many."""
+        freed = 0
+        for _ in range(len(self._extents)):
+            if self.room_for(nr_pages):
+                break
+            index, n = self._extents.popleft()
+            take = min(n, max(nr_pages, 16))
+            if take < n:
+                self._extents.appendleft((index + take, n - take))
+            freed += self.evict_clean(index, take, requeue=True)
+        return freed
+
+    def evict_clean(self, index: int, nr_pages: int, requeue: bool = False) -> int:
+        """Punches the clean folios of [index, index + nr_pages) out of the memfd: gone from every page
+        table at once, private copies excepted. Returns how many."""
+        freed = 0
+        folio, end = index, index + nr_pages
+        if self.out_of_reach:
+            return 0
+        while folio < end:
+            first = folio
+            while folio < end and self.state(folio) == _UPTODATE:
+                folio += 1
+            if folio > first:
+                freed += folio - first
+                self._punch(first, folio - first)
+                continue
+            if requeue and self.state(folio) not in _NOT_CHARGED:
+                self._note_extent(folio, 1)
+            folio += 1
+        return freed
+
+    def _punch(self, index: int, nr_pages: int) -> None:
+        self.set_state(index, nr_pages, _EVICTING)
+        try:
+            punch_hole(self.data_fd, index << PAGE_SHIFT, nr_pages << PAGE_SHIFT)
+        except OSError:
+            self.set_state(index, nr_pages, _UPTODATE)
+            raise
+        for region in self.regions:
+            region.unmap_folios(index, nr_pages)
+        self.set_state(index, nr_pages, _ABSENT)
+
+    # --- write-back -----------------------------------------------------------------------------
+
+    def write_back(
+        self, index: int, nr_pages: int, protect: Callable[[PageCache, int, int], None]
+    ) -> Task:
+        """Brings the dirty folios of [index, index + nr_pages) home. Each is write-protected in every
+        page table before it is copied out, so that a store meanwhile makes it dirty again."""
+        written = 0
+        folio, end = index, index + nr_pages
+        while folio < end:
+            first = folio
+            while folio < end and folio - first < WRITEBACK_PAGES and self.state(folio) == _DIRTY:
+                folio += 1
+            if folio == first:
+                folio += 1
+                continue
+            written += folio - first
+            yield from self._write_back_run(first, folio - first, protect)
+        return written
+
+    def _write_back_run(
+        self, index: int, nr_pages: int, protect: Callable[[PageCache, int, int], None]
+    ) -> Task:
+        buffer = self.buffers.get(nr_pages)
+        try:
+            if not self.is_unchanged():
+                raise OSError(errno.ESTALE, "the file changed since it was mapped")
+            if not self.out_of_reach:
+                self.set_state(index, nr_pages, _WRITEBACK)
+                protect(self, index, nr_pages)
+            offset = index << PAGE_SHIFT
+            nr_bytes = min(nr_pages << PAGE_SHIFT, self.size - offset)
+            os.preadv(self.data_fd, [buffer.view[:nr_bytes]], offset)
+            job = Job(lambda: _write_all(self.file_fd, buffer.view[:nr_bytes], offset))
+            self._nr_writing += 1
+            yield from self.run_job(job)
+            self._nr_writing -= 1
+            self._ctl[_MTIME_NS] = os.fstat(self.file_fd).st_mtime_ns
+            err = -min(job.result, 0)
+            for folio in range(index, index + nr_pages):
+                if self.state(folio) == _WRITEBACK:  # else a store made it dirty meanwhile
+                    self.set_state(folio, 1, _DIRTY if err else _UPTODATE)
+            if err:
+                self._ctl[_WB_ERR_SEQ] += 1
+                self._ctl[_WB_ERR] = err
+                raise OSError(err, os.strerror(err))
+        finally:
+            self.buffers.put(buffer)
+        return nr_pages
+
+    def run_job(self, job: Job) -> Generator[Event, None, None]:
+        """Has a worker do what needs our descriptors: they stay open until it is done."""
+        self._nr_jobs += 1
+        self.workers.submit(job)
+        yield job
+        self._nr_jobs -= 1
+
+    def fsync(self) -> Generator[Event, None, None]:
+        job = Job(lambda: _fsync(self.file_fd))
+        yield from self.run_job(job)
+        if job.result < 0:
+            raise OSError(-job.result, os.strerror(-job.result))
+
+    @property
+    def busy(self) -> bool:
+        """A worker is using the descriptors."""
+        return self._nr_jobs > 0 or any(not read.happened for read in self.reads.values())
+
+    def oldest_dirty(self) -> tuple[int, int] | None:
+        """The first run of dirty folios in the order they were filled; at most WRITEBACK_PAGES."""
+        for index, nr_pages in self._extents:
+            for folio in range(index, index + nr_pages):
+                if self.state(folio) == _DIRTY:
+                    return folio, min(WRITEBACK_PAGES, index + nr_pages - folio)
+        return None
+
+    def take_write_back_error(self) -> int:
+        """errno of a write-back that failed since the last one who asked, or 0."""
+        if self._ctl[_WB_ERR_SEQ] == self._seen_wb_err:
+            return 0
+        self._seen_wb_err = self._ctl[_WB_ERR_SEQ]
+        return self._ctl[_WB_ERR]
+
+    def close(self) -> None:
+        self._ctl.release()
+        self.folios.release()
+        self._map.close()
+        for fd in (self.ctl_fd, self.data_fd, self.file_fd):
+            os.close(fd)
+
+
+def _fsync(fd: int) -> int:
+    os.fsync(fd)
+    return 0
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(view):
+        n = os.pwrite(fd, view[done:], offset + done)
+        if n == 0:
+            return -errno.EIO
+        done += n
+    return done

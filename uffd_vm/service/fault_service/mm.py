@@ -1,0 +1,385 @@
+"""The mm: everything the fault path needs at hand, the faults that wait, and work done without a fault.
+
+One object per process of ours, one owner's memory. A parked fault is known by who faulted and where,
+so that the copies of its message that a signal makes (thousands a second) cost one look-up; each is
+restarted from the top when its event has happened, or when its deadline has passed.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from uffd_vm.fault.action import Counter, Truth
+from uffd_vm.fault.fault import FaultKind
+from uffd_vm.fault.pte import PteState
+from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
+from uffd_vm.service.fault_service.address_space import CACHED, AddressSpace, Region
+from uffd_vm.service.fault_service.completion import Event, Task, Workers, run_task
+from uffd_vm.service.fault_service.filemap import ECHANGED, BufferPool, PageCache, Read, ZeroFolio
+from uffd_vm.service.fault_service.memory import VmFault, handle_mm_fault, mfill
+
+__all__ = ["Failures", "Kernel", "Mm"]
+
+_WP = 1
+_PRESENT, _WRITE_PROTECTED = int(PteState.PRESENT), int(PteState.WRITE_PROTECTED)
+_ZERO, _ZERO_WP = int(PteState.ZERO), int(PteState.ZERO_WP)
+_NONE, _NONE_WP, _CACHED = int(PteState.NONE), int(PteState.NONE_WP), int(PteState.CACHED)
+_POISONED, _BUSY = int(PteState.POISONED), int(PteState.BUSY)
+_EMPTY = frozenset((_NONE, _NONE_WP, _CACHED))
+_MISSING = int(FaultKind.MISSING)
+
+_READAHEAD, _BYTES_READ = int(Counter.readahead), int(Counter.bytes_read)
+_PGSTEAL = int(Counter.pgsteal)
+_WRITEBACK, _BYTES_WRITTEN = int(Counter.writeback), int(Counter.bytes_written)
+
+_EHWPOISON = 133
+_SEQUENTIAL, _RANDOM = 1, 2  # enum uvm_advice
+_INTERRUPT_AFTER_NS = 200_000_000
+_INTERRUPT_LOOK_MS = 100
+_LOAD_PAGES = 512  # largest run that a load, prefetch or read-ahead brings in one go
+
+
+class Kernel(Protocol):
+    """What the fault path asks of the kernel face; uffd_vm.testing.FakeUffd answers it too."""
+
+    def uvm_uffd_copy(self, fd: int, dst: int, src: int, nr_bytes: int, mode: int, /) -> Any: ...
+    def uvm_uffd_zeropage(self, fd: int, start: int, nr_bytes: int, mode: int, /) -> Any: ...
+    def uvm_uffd_continue(self, fd: int, start: int, nr_bytes: int, mode: int, /) -> Any: ...
+    def uvm_uffd_poison(self, fd: int, start: int, nr_bytes: int, mode: int, /) -> Any: ...
+    def uvm_uffd_writeprotect(self, fd: int, start: int, nr_bytes: int, mode: int, /) -> int: ...
+    def uvm_uffd_wake(self, fd: int, start: int, nr_bytes: int, /) -> int: ...
+
+
+class Failures(Protocol):
+    """What the fault path asks of the owner."""
+
+    def failed(self, region: int, index: int, kind: int, err: int) -> int: ...
+    def protect_read(self, region: int, index: int, nr_pages: int) -> int: ...
+    def interrupted(self, tid: int) -> bool: ...
+    def not_waiting(self) -> None: ...
+
+
+class Mm:
+    """Not thread-safe: everything here runs in the fault-service thread."""
+
+    def __init__(
+        self,
+        uffd: int,
+        kernel: Kernel,
+        agent: Failures,
+        scan: Callable[[int], int],
+        nr_workers: int = 4,
+    ) -> None:
+        self.uffd = uffd
+        self.kernel = kernel
+        self.agent = agent
+        self.space = AddressSpace()
+        self.workers = Workers(nr_workers)
+        self.buffers = BufferPool()
+        self.zero_folio = ZeroFolio()
+        self.nr_strays = 0
+        self._scan = scan
+        self._parked: dict[tuple[int, int], VmFault[Any]] = {}
+        self._timers: list[tuple[int, int, Event]] = []
+        self._timer_ids = itertools.count()
+        self._write_backs: dict[PageCache, Event] = {}
+        self._watching = False  # Ctrl-C, for a thread that waits long
+
+    # --- faults -----------------------------------------------------------------------------------
+
+    def page_fault(self, address: int, kind: int, access: int, tid: int) -> None:
+        """One message of the userfaultfd."""
+        address &= -PAGE_SIZE
+        region = self.space.find(address)
+        if region is None:  # p2: unregistering would let it read zeros; it may only run again
+            self.nr_strays += 1
+            self.wake(address, 1)
+            return
+        if (tid, address) in self._parked:
+            return
+        handle_mm_fault(self, VmFault(region, address, kind, access, tid))
+
+    def park(self, vmf: VmFault[Any], event: Event) -> None:
+        key = (vmf.tid, vmf.address)
+        self._parked[key] = vmf
+
+        def restart() -> None:
+            if self._parked.get(key) is vmf:
+                self.restart(vmf)
+
+        event.then(restart)
+
+    def restart(self, vmf: VmFault[Any]) -> None:
+        """From the top: the region is looked up, the entry read again."""
+        del self._parked[vmf.tid, vmf.address]
+        vmf.tries += 1
+        handle_mm_fault(self, vmf)
+
+    def after(self, delay_ns: int) -> Event:
+        event = Event()
+        due = time.monotonic_ns() + delay_ns
+        heapq.heappush(self._timers, (due, next(self._timer_ids), event))
+        return event
+
+    def run_timers(self) -> None:
+        """What is due, and the faults whose deadline has passed."""
+        if not self._timers and not self._parked:
+            return
+        now = time.monotonic_ns()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2].happen()
+        self._look_for_interrupts(now)
+        for vmf in [v for v in self._parked.values() if v.deadline_ns <= now]:
+            if self._parked.get((vmf.tid, vmf.address)) is vmf:
+                self.restart(vmf)
+
+    def _look_for_interrupts(self, now: int) -> None:
+        """Ctrl-C ends a long wait as its deadline would, but by Python's own KeyboardInterrupt."""
+        waiting = [v for v in self._parked.values() if now - v.t_ns > _INTERRUPT_AFTER_NS]
+        for vmf in waiting:
+            if self.agent.interrupted(vmf.tid):
+                vmf.interrupted, vmf.deadline_ns = True, now
+        if self._watching and not waiting:
+            self.agent.not_waiting()
+        self._watching = bool(waiting)
+
+    def next_timeout_ms(self) -> int | None:
+        """How long poll() may sleep; None: until something comes."""
+        if not self._timers and not self._parked:
+            return _INTERRUPT_LOOK_MS if self._watching else None
+        due = min(
+            itertools.chain(
+                (when for when, _, _ in self._timers[:1]),
+                (vmf.deadline_ns for vmf in self._parked.values()),
+            )
+        )
+        ms = max(0, -((time.monotonic_ns() - due) // 1_000_000))
+        return min(ms, _INTERRUPT_LOOK_MS) if self._parked else ms
+
+    @property
+    def nr_parked(self) -> int:
+        return len(self._parked)
+
+    # --- the owner's memory -----------------------------------------------------------------------
+
+    def wake(self, address: int, nr_pages: int) -> None:
+        self.kernel.uvm_uffd_wake(self.uffd, address, nr_pages << PAGE_SHIFT)
+
+    def wake_region(self, region: Region, index: int, nr_pages: int) -> None:
+        self.kernel.uvm_uffd_wake(self.uffd, region.address(index), nr_pages << PAGE_SHIFT)
+
+    def pagemap_scan(self, address: int) -> Truth:
+        return Truth(self._scan(address))
+
+    def attach(self, region: Region) -> None:
+        """From here on its faults are answered; what an earlier service left asleep comes again."""
+        self.space.insert(region)
+        if region.cache is not None:
+            region.cache.regions.append(region)
+        self.wake_region(region, 0, region.nr_pages)
+
+    def detach(self, region: Region) -> None:
+        """Nobody uses the region after this; its parked faults find it gone, and wake."""
+        self.space.drop(region)
+        if region.cache is not None:
+            region.cache.regions.remove(region)
+        for vmf in [v for v in self._parked.values() if v.handle == region.handle]:
+            if self._parked.get((vmf.tid, vmf.address)) is vmf:
+                self.restart(vmf)
+        assert not region.readers and not region.locked
+        region.close()
+
+    # --- work without a fault -----------------------------------------------------------------------
+
+    def live(self, handle: int, generation: int) -> Region:
+        """The region again, after a wait. OSError(ESTALE) if it was dropped meanwhile."""
+        region = self.space.get(handle)
+        if region is None or region.closing or region.generation != generation:
+            raise OSError(errno.ESTALE, "the region was dropped")
+        return region
+
+    def load(self, region: Region, index: int, nr_pages: int, counter: int | None = None) -> Task:
+        """Makes [index, index + nr_pages) present. The OSError of a failure has `failed_index`."""
+        handle, generation = region.handle, region.generation
+        at, end, loaded = index, min(index + nr_pages, region.nr_pages), 0
+        while at < end:
+            region = self.live(handle, generation)
+            state = region.walk(at, _MISSING)
+            if state == _POISONED:
+                raise _failed(_EHWPOISON, at)
+            if state & CACHED or (state not in (_NONE, _NONE_WP) and state != _BUSY):
+                at += 1
+                continue
+            if region.cache is None:
+                loaded += self._populate_zero(region, at)
+                at += 1
+                continue
+            cache = region.cache
+            read = cache.reads.get(region.pgoff + at)
+            if read is None:
+                limit = min(_LOAD_PAGES, max(region.fault_around_pages, end - at))
+                _, last = region.absent_run(at, 1 << (limit - 1).bit_length())
+                last = min(last, end) if end - at >= region.fault_around_pages else last
+                nr = last - at
+                if not cache.room_for(nr) and not cache.shrink(nr):
+                    nr = 1
+                while not cache.room_for(nr):
+                    event = self.start_write_back(cache)
+                    if event is None:
+                        raise _failed(errno.ENOMEM, at)
+                    yield event
+                    region = self.live(handle, generation)
+                    cache.shrink(nr)
+                if not cache.absent(region.pgoff + at):
+                    continue
+                read = cache.start_read(region.pgoff + at, nr)
+                region.control.counters[_BYTES_READ] += nr << PAGE_SHIFT
+            read.pins += 1
+            try:
+                if not read.happened:
+                    yield read
+                    region = self.live(handle, generation)
+                if read.err:
+                    raise _failed(errno.ESTALE if read.err == ECHANGED else read.err, at)
+                if (
+                    region.ptes[at] in (_NONE, _NONE_WP)
+                    and cache.reads.get(region.pgoff + at) is read
+                ):
+                    nr = self._populate(region, at, read)
+                    loaded += nr
+                    if counter is not None:
+                        region.control.counters[counter] += nr
+            finally:
+                read.unpin()
+            at += 1
+        return loaded
+
+    def _populate(self, region: Region, index: int, read: Read) -> int:
+        """Commits the folios of a complete read as fault-around would."""
+        assert not region.locked, "no fault is between walk and commit while a task runs"
+        first = max(read.index - region.pgoff, 0)
+        end = min(read.index - region.pgoff + read.nr_pages, region.nr_pages)
+        first, end = region.empty_run(index, first, end)
+        mfill(self, region, first, end, region.neighbour_commit, read, None)
+        self.wake_region(region, first, end - first)
+        return end - first
+
+    def _populate_zero(self, region: Region, index: int) -> int:
+        mfill(self, region, index, index + 1, region.neighbour_commit, self.zero_folio, None)
+        self.wake_region(region, index, 1)
+        return 1
+
+    def read_ahead(self, region: Region, index: int, nr_pages: int) -> None:
+        """page_cache_async_ra(): a reader who comes to where the last one ended gets more, ahead."""
+        largest, advice = region.readahead_pages, region.control.advice
+        if not largest or advice == _RANDOM:
+            return
+        around = region.fault_around_pages
+        end = index - index % around + around
+        if index != region.readahead_next and advice != _SEQUENTIAL:
+            region.readahead_next, region.readahead_window = end, 0
+            return
+        window = min(max(2 * region.readahead_window, 2 * around), largest)
+        region.readahead_next, region.readahead_window = end + window, window
+        run_task(self.load(region, end, window, _READAHEAD), _ignore)
+
+    def start_write_back(self, cache: PageCache) -> Event | None:
+        """Room must be made and nothing is clean: an event after which there may be some, or None."""
+        event = self._write_backs.get(cache)
+        if event is not None:
+            return event
+        dirty = cache.oldest_dirty()
+        if dirty is None:
+            return next((read for read in cache.reads.values() if not read.happened), None)
+        event = self._write_backs[cache] = Event()
+
+        def finished(written: int, error: OSError | None) -> None:
+            del self._write_backs[cache]
+            if error is not None:  # not at once again
+                self.after(50_000_000).then(event.happen)
+                return
+            cache.shrink(written)
+            event.happen()
+
+        run_task(self.write_back(cache, *dirty), finished)
+        return event
+
+    def write_back(self, cache: PageCache, index: int, nr_pages: int) -> Task:
+        written = yield from cache.write_back(index, nr_pages, self.protect_folios)
+        for region in cache.regions[:1]:
+            region.control.counters[_WRITEBACK] += written
+            region.control.counters[_BYTES_WRITTEN] += written << PAGE_SHIFT
+        return written
+
+    def protect_folios(self, cache: PageCache, index: int, nr_pages: int) -> None:
+        """page_mkclean(): in every page table, so that the next store is seen."""
+        for region in cache.regions:
+            first = max(index - region.pgoff, 0)
+            end = min(index - region.pgoff + nr_pages, region.nr_pages)
+            if region.writable and region.shared and first < end:
+                self.protect(region, first, end - first)
+
+    def protect(self, region: Region, index: int, nr_pages: int) -> int:
+        """Write-protects what is writable in [index, index + nr_pages). Returns how many pages."""
+        armed = 0
+        at, end = index, min(index + nr_pages, region.nr_pages)
+        ptes = region.ptes
+        while at < end:
+            pte = ptes[at]
+            if pte != _PRESENT and pte != _ZERO:
+                at += 1
+                continue
+            first = at
+            while at < end and ptes[at] == pte:
+                at += 1
+            rc = self.kernel.uvm_uffd_writeprotect(
+                self.uffd, region.address(first), (at - first) << PAGE_SHIFT, _WP
+            )
+            if rc < 0:
+                raise OSError(-rc, os.strerror(-rc))
+            region.set_ptes(first, at - first, _ZERO_WP if pte == _ZERO else _WRITE_PROTECTED)
+            armed += at - first
+        return armed
+
+    def flush(self, region: Region, index: int, nr_pages: int) -> Task:
+        """Dirty folios of the range go home, and are durable on return. An earlier write-back that
+        failed in the background is told here, once."""
+        cache = region.cache
+        if cache is None:
+            return 0
+        written = yield from self.write_back(cache, region.pgoff + index, nr_pages)
+        yield from cache.fsync()
+        if err := cache.take_write_back_error():
+            raise OSError(err, os.strerror(err))
+        return written
+
+    def evict(self, region: Region, index: int, nr_pages: int) -> Task:
+        """Gives the range's folios back, dirty ones after they went home. Returns how many."""
+        cache = region.cache
+        if cache is None:
+            return 0
+        handle, generation = region.handle, region.generation
+        yield from self.write_back(cache, region.pgoff + index, nr_pages)
+        region = self.live(handle, generation)
+        freed = cache.evict_clean(region.pgoff + index, nr_pages)
+        region.control.counters[_PGSTEAL] += freed
+        return freed
+
+    def close(self) -> None:
+        self.workers.close()
+
+
+def _failed(err: int, index: int) -> OSError:
+    error = OSError(err, os.strerror(err))
+    error.failed_index = index  # type: ignore[attr-defined]
+    return error
+
+
+def _ignore(result: int, error: OSError | None) -> None:
+    """Read-ahead and prefetch: the fault will say what went wrong."""

@@ -1,0 +1,295 @@
+"""service="python", the owner's side: starts the fault-service process and hands regions over.
+
+The service runs in another interpreter, because a thread that touches lazy memory may hold this
+one's GIL. It is spawned (vfork and exec: never a fork of this threaded process) and given a dup of
+the userfaultfd, and for each region a descriptor and the memfds of its page table and page cache.
+
+Owns the process, its two sockets (control; agent) and the pidfd. Keeps two invariants: `attach`
+returns only once the service has answered for the region, and `detach` only once it has let it go,
+so that no handle of it is stale there; and whoever outlives the process hears of its death (the
+agent, a native thread, fails every fault with PagerDied once the pidfd is readable).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uffd_vm.errors import PagerDied
+from uffd_vm.kernel._lib import lib
+from uffd_vm.service.fault_service import protocol
+
+__all__ = ["PageMkwrite", "PythonService", "RegionDescriptor", "python_service"]
+
+#: Asked before a store into a clean page is let through: (offset, nr_bytes) -> "ok", "wait", "deny".
+PageMkwrite = Callable[[int, int], str]
+
+_EXIT_TIMEOUT_S = 5.0
+_REQUEST_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionDescriptor:
+    """What the service process must know of a region. Bytes for start and nr_bytes, else pages."""
+
+    handle: int  # slot and generation, as uvm_region_create() gave it
+    start: int
+    nr_bytes: int
+    pgoff: int
+    backing: int
+    flags: int  # FaultFlag of every fault here
+    writable: bool
+    fault_around_pages: int
+    readahead_pages: int
+    deadline_ns: int
+    cache: int  # cache id, -1 for anonymous memory
+    page_mkwrite: PageMkwrite | None = None
+
+
+class PythonService:
+    """One fault-service process and the way to talk to it. Thread-safe; `close()` is idempotent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next_id = 0
+        self._closed = False
+        self._regions: dict[int, RegionDescriptor] = {}
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            agent_ours, agent_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(agent_ours.close)
+            with theirs, agent_theirs:
+                self._process = _spawn(theirs, agent_theirs)
+            undo.callback(_end, self._process)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            undo.callback(os.close, self._pidfd)
+            self._socket = ours
+            self._agent_socket = agent_ours
+            # Opened here: a pagemap is of the memory of whoever opened it.
+            pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fds = {"uffd": _check(lib.uvm_python_uffd()), "pagemap": pagemap}
+                self._call({"op": "hello", "path": sys.path}, fds)
+            finally:
+                os.close(pagemap)
+            _check(lib.uvm_agent_start(agent_ours.fileno(), self._pidfd))
+            undo.pop_all()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    # --- regions --------------------------------------------------------------------------------
+
+    def attach(self, region: RegionDescriptor) -> None:
+        """Hands the region over; on return the service answers its faults."""
+        fds = {"region_ctl": _check(lib.uvm_region_ctl_fd(region.handle))}
+        if region.cache >= 0:
+            fds["cache_ctl"] = _check(lib.uvm_cache_ctl_fd(region.cache))
+            fds["cache_data"] = _check(lib.uvm_cache_data_fd(region.cache))
+            fds["file"] = _check(lib.uvm_cache_file_fd(region.cache))
+        with _hook_memfd(region.page_mkwrite) as hook_fd:
+            if hook_fd is not None:
+                fds["hook"] = hook_fd
+            self._call(protocol.attach_message(region), fds)
+        self._regions[region.handle] = region
+
+    def detach(self, handle: int) -> None:
+        """On return the service holds nothing of the region, and its parked faults were woken."""
+        if self._regions.pop(handle, None) is None:
+            return
+        with contextlib.suppress(PagerDied):  # a dead process holds nothing
+            self._call({"op": "detach", "region": handle})
+
+    def request(self, op: str, handle: int, index: int = 0, nr_pages: int = 0) -> int:
+        """One of "load", "prefetch", "flush", "evict", "protect" on pages [index, index + nr_pages).
+
+        Returns a count (pages given back, pages armed) or raises OSError with the errno of what
+        failed. `failed_index` of the exception tells which page, where one is to blame.
+        """
+        if op not in protocol.RANGE_OPS:
+            raise ValueError(f"unknown request {op!r}; one of {sorted(protocol.RANGE_OPS)}")
+        reply = self._call({"op": op, "region": handle, "index": index, "nr_pages": nr_pages})
+        return int(reply["rc"])
+
+    def statistics(self) -> dict[str, int]:
+        """What the process holds at this moment: regions, caches, fds, parked faults, in-flight reads."""
+        return {k: int(v) for k, v in self._call({"op": "statistics"})["statistics"].items()}
+
+    # --- life of the process ---------------------------------------------------------------------
+
+    def poll(self) -> int | None:
+        """The exit status if the process has ended (which reaps it), else None."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Waits for the end of the process and reaps it."""
+        return self._process.wait(timeout_s)
+
+    def close(self) -> None:
+        """Ends this process (by its id, no other) and gives back every descriptor."""
+        if self._closed:
+            return
+        self._closed = True
+        lib.uvm_agent_stop()
+        self._socket.close()  # end of file: the service leaves its main loop
+        _end(self._process)
+        self._agent_socket.close()
+        os.close(self._pidfd)
+        self._regions.clear()
+
+    def __enter__(self) -> PythonService:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def regions(self) -> tuple[RegionDescriptor, ...]:
+        return tuple(self._regions.values())
+
+    def _forget(self) -> None:
+        """In a forked child: drops our copies of the sockets; the process is the parent's."""
+        if self._closed:
+            return
+        self._closed = True
+        self._socket.close()
+        self._agent_socket.close()
+        os.close(self._pidfd)
+        self._process.returncode = 0  # not our child: nothing to reap, nothing to warn of
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def _call(self, message: dict[str, Any], fds: dict[str, int] | None = None) -> dict[str, Any]:
+        with self._lock:
+            if self._closed:
+                raise PagerDied("the Python fault service is closed")
+            self._next_id += 1
+            message["id"] = self._next_id
+            try:
+                # A load may take what it takes; the death of the process is end of file.
+                patient = message["op"] in protocol.RANGE_OPS
+                self._socket.settimeout(None if patient else _REQUEST_TIMEOUT_S)
+                protocol.send(self._socket, message, fds or {})
+                reply, received = protocol.receive(self._socket)
+                while reply is not None and reply["id"] != message["id"]:
+                    reply, received = protocol.receive(self._socket)  # of a call that timed out
+            except (BrokenPipeError, ConnectionResetError):
+                reply, received = None, {}
+        for fd in received.values():
+            os.close(fd)
+        if reply is None:
+            self.poll()
+            raise PagerDied(f"the Python fault service (pid {self.pid}) has ended")
+        protocol.raise_for(reply)
+        return reply
+
+
+def _spawn(control: socket.socket, agent: socket.socket) -> subprocess.Popen[bytes]:
+    package_root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "uffd_vm.service.fault_service",
+            str(control.fileno()),
+            str(agent.fileno()),
+        ],
+        pass_fds=(control.fileno(), agent.fileno()),
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and reaps it: it leaves at end of file, else it is killed."""
+    try:
+        process.wait(_EXIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _hook_memfd(hook: PageMkwrite | None) -> Iterator[int | None]:
+    """The hook, pickled into a memfd: it may be larger than a message."""
+    if hook is None:
+        yield None
+        return
+    fd = os.memfd_create("uffd_vm-hook", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(_pickle(hook))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _pickle(hook: PageMkwrite) -> bytes:
+    try:
+        import cloudpickle  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        return pickle.dumps(hook)
+    pickled: bytes = cloudpickle.dumps(hook)
+    return pickled
+
+
+def _check(rc: int) -> int:
+    if rc < 0:
+        raise OSError(-rc, os.strerror(-rc))
+    return rc
+
+
+# --- the one service of this process ------------------------------------------------------------
+
+_service: PythonService | None = None
+_service_lock = threading.Lock()
+
+
+def python_service() -> PythonService:
+    """The service of this process, started at first use.
+
+    Where the earlier one has died, a new one takes over its regions: it finds their state in shared
+    memory, asks again for what was in flight, and wakes every thread that the dead one had parked.
+    """
+    global _service
+    with _service_lock:
+        if _service is not None and not _service._closed and _service.poll() is None:
+            return _service
+        orphans: tuple[RegionDescriptor, ...] = ()
+        if _service is not None:
+            orphans = _service.regions()
+            _service.close()
+        _service = PythonService()
+        for region in orphans:
+            _service.attach(region)
+        return _service
+
+
+def _close_at_exit() -> None:
+    if _service is not None:
+        _service.close()
+
+
+def _after_fork_in_child() -> None:
+    global _service, _service_lock
+    _service_lock = threading.Lock()
+    if _service is not None:
+        _service._forget()
+        _service = None
+
+
+atexit.register(_close_at_exit)
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,1 @@
+"""The shipped test kit: fakes, invariants, Hypothesis strategies, fault injection."""

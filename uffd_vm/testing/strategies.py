@@ -1,0 +1,45 @@
+"""Hypothesis strategies for regions: sizes around page and block borders, ranges, contents."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from uffd_vm.page import PAGE_SIZE
+
+__all__ = ["byte_ranges", "contents", "region_sizes"]
+
+
+def region_sizes(max_pages: int = 40) -> st.SearchStrategy[int]:
+    """Bytes, mostly at a page border or one beside it: where off-by-one errors live."""
+    whole = st.integers(1, max_pages).map(lambda pages: pages * PAGE_SIZE)
+    return st.one_of(
+        whole,
+        st.builds(
+            lambda size, off: max(1, size + off), whole, st.sampled_from([-1, 1, -PAGE_SIZE + 1])
+        ),
+        st.integers(1, max_pages * PAGE_SIZE),
+    )
+
+
+def byte_ranges(nbytes: int) -> st.SearchStrategy[tuple[int, int]]:
+    """(start, stop) inside a region of `nbytes`, empty ones included."""
+    point = st.one_of(
+        st.integers(0, nbytes),
+        st.integers(0, nbytes // PAGE_SIZE).map(lambda page: page * PAGE_SIZE),
+    )
+    return st.tuples(point, point).map(lambda pair: (min(pair), max(pair)))
+
+
+def contents(nbytes: int) -> st.SearchStrategy[bytes]:
+    """File contents in which every page is unlike every other, and no page is zeros."""
+    return st.integers(0, 255).map(lambda seed: pattern(nbytes, seed))
+
+
+def pattern(nbytes: int, seed: int = 0) -> bytes:
+    """Bytes that tell their place: page number and seed in each 8 bytes, never zero."""
+    pages = -(-nbytes // PAGE_SIZE)
+    words = (
+        ((page * 0x9E3779B1 + seed * 0x85EBCA6B + 1) & 0xFFFFFF | 0x01000000).to_bytes(4, "little")
+        for page in range(pages)
+    )
+    return b"".join(word * (PAGE_SIZE // 4) for word in words)[:nbytes]
