@@ -1,0 +1,285 @@
+"""Mode "r+": write-back, its errors, the lock; and write tracking in every mode that has it."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import uffd_vm as uv
+from uffd_vm.page import PAGE_SIZE
+from uffd_vm.testing.inject import inject
+from uffd_vm.testing.invariants import check_all
+
+pytestmark = pytest.mark.usefixtures("uffd")
+
+
+def test_flush_makes_changes_durable_and_close_flushes(make_file):
+    path = make_file(300 * PAGE_SIZE + 9)
+    model = bytearray(path.read_bytes())
+    with uv.map(path, "r+", service="native") as region:
+        a = region.array()
+        a[5] = model[5] = 1
+        a[100 * PAGE_SIZE : 200 * PAGE_SIZE] = 2
+        model[100 * PAGE_SIZE : 200 * PAGE_SIZE] = b"\2" * (100 * PAGE_SIZE)
+        assert path.read_bytes() != model  # nothing went yet
+        assert region.residency().dirty_bytes >= 101 * PAGE_SIZE
+        check_all(region)
+        region.flush()
+        assert path.read_bytes() == model
+        assert region.residency().dirty_bytes == 0
+        check_all(region)
+        a[-1] = model[-1] = 77
+        a[5] = model[5] = 3  # a page that was clean again
+        check_all(region)
+        del a
+    assert path.read_bytes() == model and len(model) == path.stat().st_size
+
+
+def test_flush_of_a_range(make_file):
+    path = make_file(10 * PAGE_SIZE)
+    before = path.read_bytes()
+    with uv.map(path, "r+", service="native") as region:
+        mv = region.buffer
+        mv[0] = 0
+        mv[9 * PAGE_SIZE] = 0
+        region.flush((0, 1))
+        assert path.read_bytes()[0] == 0
+        assert path.read_bytes()[9 * PAGE_SIZE] == before[9 * PAGE_SIZE]
+        mv.release()
+    assert path.read_bytes()[9 * PAGE_SIZE] == 0
+
+
+def test_a_forgotten_region_loses_nothing(make_file):
+    path = make_file()
+    region = uv.map(path, "r+", service="native")
+    region.buffer[3] = 42
+    with pytest.warns(ResourceWarning):
+        del region
+        gc.collect()
+    assert path.read_bytes()[3] == 42
+
+
+def _exit_without_close(path: str) -> None:
+    import uffd_vm
+
+    global kept
+    kept = uffd_vm.map(path, "r+", service="native")
+    kept.buffer[3] = 42
+
+
+def test_a_program_that_ends_without_close_loses_nothing(make_file, run_in_child):
+    path = make_file()
+    run_in_child(_exit_without_close, str(path))
+    assert path.read_bytes()[3] == 42
+
+
+def test_discard_writes_nothing_back(make_file):
+    path = make_file()
+    before = path.read_bytes()
+    region = uv.map(path, "r+", service="native")
+    region.buffer[0] = 0
+    region.discard()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("op, code", [("PWRITE", errno.ENOSPC), ("FSYNC", errno.EIO)])
+def test_an_error_of_write_back_is_raised_and_nothing_is_lost(make_file, op, code):
+    path = make_file()
+    region = uv.map(path, "r+", service="native")
+    region.buffer[0] = 42
+    with inject(op, code, count=100):
+        with pytest.raises(uv.SourceError) as raised:
+            region.flush()
+        assert raised.value.errno == code
+        with pytest.raises(OSError, match=r"region 'data\.bin'"):
+            region.close()
+    assert not region.closed and region.buffer[0] == 42
+    check_all(region)
+    try:
+        region.flush()  # may still tell of the write-back that failed in close()
+    except uv.SourceError:
+        region.flush()
+    region.close()
+    assert path.read_bytes()[0] == 42
+
+
+def test_eviction_keeps_dirty_pages(make_file):
+    path = make_file(64 * PAGE_SIZE)
+    model = bytearray(path.read_bytes())
+    with uv.map(path, "r+", service="native") as region:
+        a = region.array()
+        a[::PAGE_SIZE] = 7
+        model[::PAGE_SIZE] = b"\7" * 64
+        region.evict()
+        check_all(region)
+        np.testing.assert_array_equal(a, np.frombuffer(bytes(model), "u1"))
+        region.flush()
+        assert region.evict() == 64 * PAGE_SIZE
+        np.testing.assert_array_equal(a, np.frombuffer(bytes(model), "u1"))
+        check_all(region)
+        del a
+    assert path.read_bytes() == model
+
+
+def test_writing_more_than_the_cap(make_file):
+    path = make_file(1024 * PAGE_SIZE)
+    with uv.map(path, "r+", cap=128 * PAGE_SIZE) as region:
+        a = region.array("u4")
+        a += 1
+        assert region.residency().cache_bytes <= (128 + 32) * PAGE_SIZE
+        check_all(region)
+        expected = a.copy()
+        del a
+    np.testing.assert_array_equal(np.fromfile(path, "u4"), expected)
+
+
+# --- the lock
+
+_TRY = """
+import sys, uffd_vm as uv
+try:
+    uv.map(sys.argv[1], sys.argv[2], service="native").close()
+except uv.RegionBusyError as error:
+    print("busy", error)
+else:
+    print("mapped")
+"""
+
+
+def _try_in_another_process(path, mode: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", _TRY, str(path), mode], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_one_process_at_a_time_writes_a_file(make_file):
+    path = make_file()
+    with uv.map(path, "r+", service="native"):
+        told = _try_in_another_process(path, "r+")
+        assert told.startswith("busy") and f"process {os.getpid()}" in told and "'c'" in told
+        assert _try_in_another_process(path, "r") == "mapped\n"
+        assert _try_in_another_process(path, "c") == "mapped\n"
+    assert _try_in_another_process(path, "r+") == "mapped\n"
+
+
+def test_a_second_writer_of_this_process_shares_the_cache(make_file):
+    path = make_file()
+    with uv.map(path, "r+", service="native") as one:
+        one.buffer[0] = 1
+        one.flush()
+        with uv.map(path, "r+", service="native", offset=PAGE_SIZE) as two:
+            with uv.map(path, "r+", service="native") as three:
+                one.buffer[PAGE_SIZE] = 9
+                assert two.buffer[0] == 9 == three.buffer[PAGE_SIZE]
+                three.buffer[PAGE_SIZE + 1] = 8
+                assert one.buffer[PAGE_SIZE + 1] == 8
+                check_all(one, two, three)
+                three.flush()
+                check_all(one, two, three)
+        assert _try_in_another_process(path, "r+").startswith("busy")
+    assert path.read_bytes()[PAGE_SIZE : PAGE_SIZE + 2] == b"\x09\x08"
+
+
+def test_a_lock_of_somebody_else_is_respected(make_file):
+    import fcntl
+
+    path = make_file()
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(uv.RegionBusyError, match="this one"):
+            uv.map(path, "r+", service="native")
+    uv.map(path, "r+", service="native").close()
+
+
+def test_a_writable_file_that_changed_its_size_is_not_joined(make_file):
+    path = make_file(8 * PAGE_SIZE)
+    with uv.map(path, "r+", service="native"):
+        os.truncate(path, 16 * PAGE_SIZE)
+        with pytest.raises(uv.SourceChanged, match="had 32768 bytes"):
+            uv.map(path, "r+", service="native")
+
+
+# --- tracking
+
+
+@pytest.fixture(params=["anonymous", "c", "r+"])
+def tracked(request, make_file):
+    path = make_file(40 * PAGE_SIZE)
+    region = (
+        uv.anonymous(40 * PAGE_SIZE, track=True)
+        if request.param == "anonymous"
+        else uv.map(path, request.param, track=True)
+    )
+    assert region.service == "native"
+    with region:
+        yield region
+
+
+def P(*pages: int) -> list[tuple[int, int]]:
+    """Ranges of whole pages."""
+    return [(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in pages]
+
+
+def test_dirty_tells_what_was_written_since_protect(tracked):
+    mv = tracked.buffer
+    mv[0], mv[5 * PAGE_SIZE] = 1, 1
+    assert tracked.dirty() == P(0, 5)
+    check_all(tracked)
+    tracked.protect()
+    assert tracked.dirty() == []
+    check_all(tracked)
+    bytes(mv)  # reading is not writing
+    assert tracked.dirty() == []
+    check_all(tracked)
+    mv[5 * PAGE_SIZE + 7] = 2  # present, armed
+    mv[39 * PAGE_SIZE] = 3
+    assert tracked.dirty() == P(5, 39)
+    assert tracked.dirty((6 * PAGE_SIZE, 40 * PAGE_SIZE)) == P(39)
+    mv[6 * PAGE_SIZE] = 4
+    assert tracked.dirty()[0] == (5 * PAGE_SIZE, 7 * PAGE_SIZE)
+    check_all(tracked)
+    tracked.protect((0, 6 * PAGE_SIZE))
+    assert tracked.dirty() == P(6, 39)
+    check_all(tracked)
+    mv.release()
+
+
+def test_writes_to_pages_never_touched_are_seen(tracked):
+    tracked.protect()
+    mv = tracked.buffer
+    mv[20 * PAGE_SIZE] = 1
+    assert tracked.dirty() == P(20)
+    mv.release()
+
+
+def test_loaded_pages_are_clean_until_written(tracked):
+    tracked.load()
+    check_all(tracked)
+    assert tracked.dirty() == []
+    mv = tracked.buffer
+    mv[3 * PAGE_SIZE] = 1
+    assert tracked.dirty() == P(3)
+    check_all(tracked)
+    mv.release()
+
+
+def test_a_write_by_a_system_call_is_seen(tracked):
+    tracked.protect()
+    read, write = os.pipe()
+    os.write(write, b"x" * 10)
+    assert os.readv(read, [tracked.buffer[7 * PAGE_SIZE : 8 * PAGE_SIZE]]) == 10
+    os.close(read)
+    os.close(write)
+    assert tracked.dirty() == P(7)
+
+
+def test_the_last_range_ends_with_the_region(make_file):
+    with uv.map(make_file(PAGE_SIZE + 3), "c", track=True) as region:
+        region.buffer[PAGE_SIZE] = 1
+        assert region.dirty() == [(PAGE_SIZE, PAGE_SIZE + 3)]

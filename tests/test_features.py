@@ -1,0 +1,169 @@
+"""Probing, masking, and what a kernel or a user without a feature is told."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from uffd_vm.cli import main
+from uffd_vm.errors import FeatureUnavailable, InvalidArgument, PermissionUnavailable
+from uffd_vm.kernel import features
+from uffd_vm.kernel.features import ALL_FEATURES, LIBRARY_FEATURES, Feature, Probe, Way
+
+
+def found(**changes) -> Probe:
+    values = {
+        "release": "5.15.0",
+        "way": Way.SYSCALL,
+        "features": ALL_FEATURES,
+        "pagemap_scan": True,
+        "refused": {},
+        "masked": frozenset(),
+    }
+    return Probe(**{**values, **changes})
+
+
+# --- masking
+
+
+@pytest.mark.requires()
+def test_masked_feature_is_not_there():
+    plain = features.probe(environ={})
+    masked = features.probe(environ={"UFFD_VM_MASK_FEATURES": "POISON, PAGEMAP_SCAN"})
+    assert masked.features == plain.features & ~Feature.POISON
+    assert not masked.pagemap_scan
+    assert masked.masked == {"POISON", "PAGEMAP_SCAN"}
+
+
+def test_masking_an_unknown_feature_is_refused():
+    with pytest.raises(InvalidArgument, match="no feature 'POISSON'"):
+        features.probe(environ={"UFFD_VM_MASK_FEATURES": "POISSON"})
+
+
+@pytest.mark.requires(Feature.POISON)
+def test_masking_works_through_the_environment(monkeypatch):
+    monkeypatch.setenv("UFFD_VM_MASK_FEATURES", "POISON")
+    with pytest.raises(FeatureUnavailable, match=r"lacks POISON; Linux 6\.6 or later"):
+        features.require(Feature.POISON | Feature.MISSING_SHMEM)
+
+
+# --- refusals say what to do
+
+
+def test_missing_feature_names_the_kernel_that_has_it():
+    with pytest.raises(FeatureUnavailable, match=r"Linux 5\.15\.0 lacks MOVE; Linux 6\.8"):
+        features.require(Feature.MOVE, found(features=Feature.MISSING_SHMEM))
+
+
+def test_library_feature_works_falls_back_or_is_refused():
+    old = found(features=features.kernel_features((5, 15)), pagemap_scan=False)
+    assert features.require_library("lazy files", old) is True
+    assert features.require_library("protecting pages", old) is False
+    with pytest.raises(FeatureUnavailable, match="Instead: map with mode='c'"):
+        features.require_library("writable files", old)
+    with pytest.raises(InvalidArgument):
+        features.require_library("no such thing", old)
+
+
+def test_every_library_feature_says_what_happens_without_it():
+    for feature in LIBRARY_FEATURES:
+        assert feature.fallback or feature.refusal, feature.name
+
+
+@pytest.mark.parametrize(
+    "kernel, lacks",
+    [
+        ((5, 15), "EXACT_ADDRESS WP_HUGETLBFS_SHMEM WP_UNPOPULATED POISON WP_ASYNC MOVE"),
+        ((6, 1), "WP_UNPOPULATED POISON WP_ASYNC MOVE"),
+        ((6, 8), ""),
+        ((6, 18), ""),
+    ],
+)
+def test_features_of_the_kernels_in_the_table(kernel, lacks):
+    missing = ALL_FEATURES & ~features.kernel_features(kernel)
+    assert {f.name for f in Feature if f & missing} == set(lacks.split())
+
+
+@pytest.mark.parametrize(
+    "refused, cure",
+    [
+        ({Way.SYSCALL: errno.EPERM, Way.DEVICE: errno.EACCES}, "sudo setfacl -m u:"),
+        ({Way.SYSCALL: errno.EPERM, Way.DEVICE: errno.ENOENT}, "vm.unprivileged_userfaultfd=1"),
+        (
+            {
+                Way.SYSCALL: errno.EPERM,
+                Way.DEVICE: errno.ENOENT,
+                Way.USER_MODE_ONLY: errno.EPERM,
+            },
+            "seccomp=profile.json",
+        ),
+        (
+            {
+                Way.SYSCALL: errno.ENOSYS,
+                Way.DEVICE: errno.ENOENT,
+                Way.USER_MODE_ONLY: errno.ENOSYS,
+            },
+            "CONFIG_USERFAULTFD",
+        ),
+    ],
+    ids=["device", "sysctl", "seccomp", "kernel"],
+)
+def test_permission_error_says_the_cure(refused, cure):
+    with pytest.raises(PermissionUnavailable) as error:
+        features.require_open(found(way=None, features=Feature(0), refused=refused))
+    assert cure in str(error.value)
+    assert isinstance(error.value, PermissionError) and error.value.errno == errno.EPERM
+
+
+def test_container_without_the_device_is_told_so(monkeypatch):
+    monkeypatch.setattr(features, "_in_container", lambda: True)
+    cures = features.cures(
+        found(way=None, refused={Way.SYSCALL: errno.EPERM, Way.DEVICE: errno.ENOENT})
+    )
+    assert any("--device /dev/userfaultfd" in command for c in cures for command in c.commands)
+
+
+def test_nothing_to_cure_where_all_works():
+    assert features.cures(found()) == []
+
+
+# --- the doctor
+
+
+@pytest.mark.requires()
+def test_doctor_as_json_agrees_with_the_probe():
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    report = json.loads(result.output)
+    assert report["release"] == features.probe().release
+    assert report["mode"] == features.probe().way.value
+    assert report["self_test"] == "ok"
+    assert result.exit_code == report["exit_code"]
+    assert {row["name"] for row in report["library"]} == {f.name for f in LIBRARY_FEATURES}
+
+
+@pytest.mark.requires(ALL_FEATURES, "PAGEMAP_SCAN")
+def test_doctor_exit_status_is_1_when_a_feature_is_refused(monkeypatch):
+    assert CliRunner().invoke(main, ["doctor"]).exit_code == 0
+    monkeypatch.setenv("UFFD_VM_MASK_FEATURES", "POISON")
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "lacking" in result.output and "POISON" in result.output
+
+
+def test_doctor_exit_status_is_2_without_userfaultfd(monkeypatch):
+    refused = {Way.SYSCALL: errno.EPERM, Way.DEVICE: errno.EACCES}
+    none = found(way=None, features=Feature(0), refused=refused)
+    monkeypatch.setattr(features, "probe", lambda **_: none)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 2
+    assert "setfacl" in result.output and "vm.unprivileged_userfaultfd=1" in result.output
+
+
+def test_table_explains_a_decision():
+    result = CliRunner().invoke(main, ["table", "--explain", "missing", "read", "anon", "none"])
+    assert result.exit_code == 0 and "handle_mm_fault()" in result.output
+    wrong = CliRunner().invoke(main, ["table", "--explain", "missing", "read", "anon", "nonesuch"])
+    assert wrong.exit_code == 2 and "nonesuch" in wrong.output
