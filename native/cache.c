@@ -159,6 +159,7 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 	pthread_mutexattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
 	pthread_mutexattr_setrobust(&attr, PTHREAD_MUTEX_ROBUST);
 	pthread_mutex_init(&c->shared->fifo_lock, &attr);
+	pthread_mutex_init(&c->shared->wb_lock, &attr);
 	pthread_mutexattr_destroy(&attr);
 	return 0;
 }
@@ -396,10 +397,16 @@ int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void 
 }
 
 /* ---- the cap ---------------------------------------------------------------------------------------------- */
+/* What these guard is consistent after every single store, so a dead holder leaves nothing to mend. */
+static void shared_lock(pthread_mutex_t *lock)
+{
+	if (pthread_mutex_lock(lock) == EOWNERDEAD)
+		pthread_mutex_consistent(lock);
+}
+
 static void fifo_lock(struct uvm_cache *c)
 {
-	if (pthread_mutex_lock(&c->shared->fifo_lock) == EOWNERDEAD)
-		pthread_mutex_consistent(&c->shared->fifo_lock); /* head and tail move in one store each */
+	shared_lock(&c->shared->fifo_lock);
 }
 
 static bool fifo_pop(struct uvm_cache *c, struct uvm_extent *e)
@@ -602,36 +609,51 @@ static int copy_out(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char
 	return 0;
 }
 
-/* One run of dirty folios: protect first, then copy, then clean unless written again meanwhile. */
-static int write_back_run(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char *buf, bool clean)
+/* One run of dirty folios from index on, at most to end: take, protect, copy, and clean unless written
+ * again meanwhile. Under wb_lock: an older copy must never land in the file over a newer one.
+ *
+ * Whether other processes are attached is asked after the run was taken: one that attaches later starts
+ * with empty page tables, and its first store finds WRITEBACK and makes the folio dirty again. Page
+ * tables of one that was there cannot be protected from here, so its pages are written but stay dirty:
+ * nothing is lost, some is written twice. Returns the pages taken; *rc tells the first error. */
+static uint64_t write_back_run(struct uvm_cache *c, uint64_t index, uint64_t end, char *buf, int *rc)
 {
-	struct protect_arg a = {c, index, nr_pages, 0};
-	int rc = 0;
-	if (clean) {
+	struct protect_arg a = {c, index, 0, 0};
+	while (index + a.nr_pages < end && a.nr_pages < WRITE_BACK_PAGES &&
+	       uvm_folio_move(c, index + a.nr_pages, UVM_FOLIO_DIRTY, UVM_FOLIO_WRITEBACK))
+		a.nr_pages++;
+	if (!a.nr_pages)
+		return 0;
+	bool clean = !others_attached(c);
+	if (clean)
 		uvm_for_each_region(protect_in_region, &a);
-	}
-	rc = copy_out(c, index, nr_pages, buf);
-	if (rc < 0) {
-		__atomic_store_n(&c->shared->ctl.wb_err, -rc, __ATOMIC_RELEASE);
+	int copied = copy_out(c, index, a.nr_pages, buf);
+	if (copied < 0) {
+		__atomic_store_n(&c->shared->ctl.wb_err, -copied, __ATOMIC_RELEASE);
 		__atomic_fetch_add(&c->shared->ctl.wb_err_seq, 1, __ATOMIC_ACQ_REL);
+		if (*rc == 0)
+			*rc = copied;
 	}
-	if (!clean)
-		return rc;
-	unsigned to = rc == 0 && a.rc == 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_DIRTY;
-	for (uint64_t i = index; i < index + nr_pages; i++)
+	unsigned to = clean && copied == 0 && a.rc == 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_DIRTY;
+	for (uint64_t i = index; i < index + a.nr_pages; i++)
 		if (uvm_folio_move(c, i, UVM_FOLIO_WRITEBACK, to) && to == UVM_FOLIO_UPTODATE)
 			__atomic_fetch_sub(&c->shared->ctl.nr_dirty, 1, __ATOMIC_RELAXED);
-	return rc;
+	return a.nr_pages;
 }
 
-/* Writes the dirty pages of the range to the file. With other processes attached their page tables
- * cannot be protected from here, so pages are written but stay dirty: nothing is lost, some is written
- * twice. Returns the first error; pages that failed stay dirty. */
+/* A forked child lets a store in before it says that the folio it filled is dirty: wait for it. */
+static bool being_filled_elsewhere(struct uvm_cache *c, uint64_t index)
+{
+	uint32_t word = atomic_load(&c->folios[index]);
+	return uvm_folio_state(word) == UVM_FOLIO_FILLING && word >> 8 != c->owner &&
+	       !uvm_cache_take_over_dead(c, index);
+}
+
+/* Writes the dirty pages of the range to the file. Returns the first error; what failed stays dirty. */
 int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 {
 	uint64_t p, end = index + nr_pages;
-	int first_rc = 0;
-	bool clean = !others_attached(c);
+	int first = 0;
 	int rc = sys_mmap(0, WRITE_BACK_PAGES << UVM_PAGE_SHIFT, PROT_READ | PROT_WRITE,
 			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, &p);
 	if (rc < 0)
@@ -639,31 +661,24 @@ int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 	if (nr_pages > UVM_PMD_PAGES)
 		index = uvm_cache_next_touched(c, index);
 	while (index < end) {
-		uint64_t run = index;
-		while (run < end && run - index < WRITE_BACK_PAGES &&
-		       (clean ? uvm_folio_move(c, run, UVM_FOLIO_DIRTY, UVM_FOLIO_WRITEBACK)
-			      : uvm_folio_state(atomic_load(&c->folios[run])) == UVM_FOLIO_DIRTY))
-			run++;
-		if (run > index) {
-			rc = write_back_run(c, index, run - index, (char *)(uintptr_t)p, clean);
-			if (rc < 0 && first_rc == 0)
-				first_rc = rc;
-			index = run;
-		} else if (uvm_folio_state(atomic_load(&c->folios[index])) == UVM_FOLIO_WRITEBACK ||
-			   (!clean && uvm_folio_state(atomic_load(&c->folios[index])) ==
-					      UVM_FOLIO_FILLING)) {
-			/* Another thread writes it, and its dirt is older than this call; or a forked child
-			 * fills it, which may have let a store in before it says so. Wait. */
-			if (uvm_cache_take_over_dead(c, index))
-				continue;
+		unsigned state = uvm_folio_state(atomic_load(&c->folios[index]));
+		if (state == UVM_FOLIO_DIRTY || state == UVM_FOLIO_WRITEBACK) {
+			shared_lock(&c->shared->wb_lock);
+			/* Still WRITEBACK, with the lock in our hand: its writer died. */
+			uvm_folio_move(c, index, UVM_FOLIO_WRITEBACK, UVM_FOLIO_DIRTY);
+			index += write_back_run(c, index, end, (char *)(uintptr_t)p, &first);
+			pthread_mutex_unlock(&c->shared->wb_lock);
+			/* 0: written and cleaned by the one we waited for; look again. */
+			continue;
+		}
+		if (being_filled_elsewhere(c, index)) {
 			usleep(200);
 			continue;
-		} else {
-			index++;
 		}
+		index++;
 		if (index % 1024 == 0)
 			index = uvm_cache_next_touched(c, index);
 	}
 	sys_munmap(p, WRITE_BACK_PAGES << UVM_PAGE_SHIFT);
-	return first_rc;
+	return first;
 }

@@ -937,15 +937,9 @@ static void interrupt_used(void)
 }
 
 /* A thread that waits inside a system call runs no handler: the signal stays pending in the kernel. */
-static bool sigint_stuck(void)
+static bool sigint_in_kernel(void)
 {
-	static _Atomic uint64_t looked;
-	static _Atomic int seen;
 	char text[4096];
-	uint64_t now = sys_now_ns(), last = atomic_load(&looked);
-
-	if (now - last < 20000000u || !atomic_compare_exchange_strong(&looked, &last, now))
-		return false;
 	int fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
 	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
 	if (fd >= 0)
@@ -958,7 +952,23 @@ static bool sigint_stuck(void)
 		if (at)
 			pending |= strtoull(at + 8, NULL, 16) >> (SIGINT - 1) & 1;
 	}
-	return (pending ? atomic_fetch_add(&seen, 1) + 1 : (atomic_store(&seen, 0), 0)) >= 2;
+	return pending;
+}
+
+/* Seen there twice, some time apart: it does not just arrive. */
+static bool sigint_stuck(void)
+{
+	static _Atomic uint64_t looked;
+	static _Atomic int seen;
+	uint64_t now = sys_now_ns(), last = atomic_load(&looked);
+
+	if (now - last < 20000000u || !atomic_compare_exchange_strong(&looked, &last, now))
+		return false;
+	if (!sigint_in_kernel()) {
+		atomic_store(&seen, 0);
+		return false;
+	}
+	return atomic_fetch_add(&seen, 1) >= 1;
 }
 
 /* Also for a thread that has been told of a failure and is still in its C call: what it reads is
@@ -969,7 +979,12 @@ bool uvm_interrupt_pending(uint32_t tid)
 		return true;
 	if (tid != (uint32_t)getpid())
 		return false;
-	if (atomic_load(&interrupt_state) != INT_NONE)
+	int held = atomic_load(&interrupt_state);
+	if (held == INT_IN_SYSCALL && !sigint_in_kernel()) {
+		interrupt_forget_syscall(); /* delivered since */
+		return false;
+	}
+	if (held != INT_NONE)
 		return true;
 	if (!__atomic_load_n(&sigint_watched, __ATOMIC_RELAXED) || !sigint_stuck())
 		return false;
@@ -1228,6 +1243,14 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		unsigned pte = atomic_load(&r->ptes[index]);
 		unlock();
 		return poison_first || pte == UVM_PTE_POISONED ? DIE : AGAIN;
+	}
+	/* Ctrl-C was the main thread's, and may have reached it otherwise: for others, and later, the page
+	 * has not failed. */
+	if (f.kind == UVM_FAILURE_INTERRUPT && !again && !poison_first &&
+	    (tid != (uint32_t)getpid() || atomic_load(&interrupt_state) == INT_NONE)) {
+		poison_lift(f.region, index);
+		unlock();
+		return AGAIN;
 	}
 	enum delivery d = cover_for(r, index, &f, tid, poison_first, &ph);
 	struct told *t = told_find(tid);

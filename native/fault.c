@@ -33,6 +33,18 @@ struct vm_fault {
 };
 
 /* ---- the walk ---------------------------------------------------------------------------------------- */
+/* Whether the region keeps its content in private pages (tracked copies) or in the cache's folios. */
+static bool fills_private(const struct uvm_region *r)
+{
+	return r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED;
+}
+
+/* A folio that a dead process left busy, if the page's state is a folio's: taken over, look again. */
+static bool take_over_dead(struct uvm_region *r, uint64_t index)
+{
+	return r->cache && !fills_private(r) && uvm_cache_take_over_dead(r->cache, r->pgoff + index);
+}
+
 /* The page-table entry joined with the folio, as this kind of fault proves it: the kernel's truth wins.
  * MISSING proves that no page is mapped here and, over a memfd, that there was none in the cache; MINOR
  * that the entry is empty and the cache has the page; WP that the page is mapped write-protected. */
@@ -40,7 +52,7 @@ unsigned uvm_walk(struct uvm_region *r, uint64_t index, int kind, unsigned *flag
 {
 	unsigned pte = atomic_load_explicit(&r->ptes[index], memory_order_acquire);
 
-	if (!r->cache || (r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED))
+	if (!r->cache || fills_private(r))
 		return pte;
 	if (pte == UVM_PTE_POISONED || pte == UVM_PTE_GUARD || pte == UVM_PTE_BUSY)
 		return pte;
@@ -160,8 +172,7 @@ static uint32_t act_wake(struct vm_fault *v)
 
 static uint32_t act_join(struct vm_fault *v)
 {
-	struct uvm_cache *c = v->region ? v->region->cache : NULL;
-	if (c && v->f->tries > 1 && uvm_cache_take_over_dead(c, v->region->pgoff + v->index))
+	if (v->f->tries > 1 && take_over_dead(v->region, v->index))
 		return RESTART;
 	if (v->x->service == UVM_SERVICE_INLINE) {
 		usleep(100); /* the touching thread is this one: the instruction runs again */
@@ -365,12 +376,6 @@ struct window {
 	const struct uvm_row *around; /* of its neighbours: what a read of them would decide */
 };
 
-/* Whether the region keeps its content in private pages (tracked copies) or in the cache's folios. */
-static bool fills_private(const struct uvm_region *r)
-{
-	return r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED;
-}
-
 static bool page_take(struct uvm_region *r, uint64_t index)
 {
 	if (!fills_private(r))
@@ -379,7 +384,7 @@ static bool page_take(struct uvm_region *r, uint64_t index)
 	uint8_t none = UVM_PTE_NONE;
 	bool taken = atomic_compare_exchange_strong(&r->ptes[index], &none, UVM_PTE_BUSY);
 	if (taken && r->touched)
-		r->touched[index / UVM_PAGE] = 1;
+		atomic_store_explicit(&r->touched[index / UVM_PAGE], 1, memory_order_relaxed);
 	return taken;
 }
 
@@ -667,7 +672,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 	w.around = around_row(v->region);
 	int64_t done = fill_window(v->x, &v->region, &w, &end, &demand_ok);
 	if (!v->region)
-		return UVM_VM_FAULT_NOPAGE; /* X-GONE: closed while we read; its close woke everybody */
+		return wake(v); /* X-GONE: closed while we read, so nobody else will wake this thread */
 	if (done < 0 && done != -EAGAIN && done != -EBADF && w.nr_pages > 1) {
 		/* The page itself may be good where a neighbour is not. */
 		w.index = v->index;
@@ -675,7 +680,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 		sequential = false;
 		done = fill_window(v->x, &v->region, &w, &end, &demand_ok);
 		if (!v->region)
-			return UVM_VM_FAULT_NOPAGE;
+			return wake(v);
 	}
 	if (done == -EAGAIN)
 		return uvm_queue_fault(v->f) == 0 ? UVM_VM_FAULT_RETRY : act_join(v);
@@ -871,7 +876,7 @@ int64_t uvm_fill_range(struct uvm_executor *x, struct uvm_region **region, uint6
 					*failed_index = index;
 				return -ETIMEDOUT;
 			}
-			if (r->cache && uvm_cache_take_over_dead(r->cache, r->pgoff + index))
+			if (take_over_dead(r, index))
 				continue;
 			usleep(100);
 			continue;

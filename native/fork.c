@@ -11,6 +11,8 @@
 static void child_region(struct uvm_region *r, void *arg)
 {
 	int rc = *(int *)arg;
+	if (atomic_load(&r->state) != UVM_REGION_LIVE)
+		return; /* perhaps unmapped already: the range may be somebody else's */
 	if (rc == 0)
 		rc = uvm_region_child(r);
 	if (rc < 0) {
@@ -38,21 +40,42 @@ static void child_cache(struct uvm_region *r, void *arg)
 		attach_rc = rc;
 }
 
+static void count_closing(struct uvm_region *r, void *arg)
+{
+	*(int *)arg += atomic_load(&r->state) == UVM_REGION_CLOSING;
+}
+
+static bool any_closing(void)
+{
+	int n = 0;
+	uvm_for_each_region(count_closing, &n);
+	return n > 0;
+}
+
+enum { CLOSING_TRIES = 2000 };
+
 static void before(void)
 {
 	pthread_mutex_lock(&uvm_space.mutex);
+	/* A region that is being closed is neither mapped nor gone: let its closer get through. (Of a
+	 * closer that needs the GIL, which os.fork() holds, mm/mapping.py takes care.) */
+	for (int i = 0; i < CLOSING_TRIES && any_closing(); i++) {
+		pthread_mutex_unlock(&uvm_space.mutex);
+		usleep(1000);
+		pthread_mutex_lock(&uvm_space.mutex);
+	}
+	uvm_failure_prepare();
 	uvm_spans_lock();
 	uvm_ptl_lock_all(); /* no commit is half published in what the child inherits */
 	uvm_service_prepare();
-	uvm_failure_prepare();
 }
 
 static void in_parent(void)
 {
-	uvm_failure_parent();
 	uvm_service_parent();
 	uvm_ptl_unlock_all();
 	uvm_spans_unlock();
+	uvm_failure_parent();
 	pthread_mutex_unlock(&uvm_space.mutex);
 }
 

@@ -74,6 +74,7 @@ struct uvm_cache_shared {
 	struct uvm_cache_ctl ctl;
 	pthread_mutex_t fifo_lock; /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
+	pthread_mutex_t wb_lock; /* as fifo_lock: one write-back of this cache at a time */
 	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
 };
 _Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache header");
@@ -94,7 +95,7 @@ struct uvm_cache {
 	uint64_t alias[3];
 	uint64_t alias_epoch[3]; /* of the uffd it is registered with */
 	uint32_t owner; /* slot | epoch << 8 of this process */
-	uint64_t seen_wb_err;
+	_Atomic uint64_t seen_wb_err;
 	_Atomic int reclaiming;
 };
 
@@ -149,7 +150,7 @@ struct uvm_region {
 	_Atomic uint8_t *ptes;
 	size_t ctl_bytes;
 	int ctl_fd; /* -1: private memory */
-	uint8_t *touched; /* one byte per UVM_PAGE of ptes: something was ever set there */
+	_Atomic uint8_t *touched; /* one byte per UVM_PAGE of ptes: something was ever set there */
 
 	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
 	_Atomic uint64_t ra_next, ra_async_end;

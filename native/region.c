@@ -168,7 +168,7 @@ void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsig
 			continue;
 		delta += (int)pte_present(to) - (int)pte_present(from);
 		if (r->touched)
-			r->touched[i / UVM_PAGE] = 1;
+			atomic_store_explicit(&r->touched[i / UVM_PAGE], 1, memory_order_relaxed);
 		atomic_store_explicit(&r->ptes[i], (uint8_t)to, memory_order_release);
 	}
 	if (delta)
@@ -178,7 +178,8 @@ void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsig
 uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index)
 {
 	if (r->touched) {
-		while (index < r->nr_pages && !r->touched[index / UVM_PAGE])
+		while (index < r->nr_pages &&
+		       !atomic_load_explicit(&r->touched[index / UVM_PAGE], memory_order_relaxed))
 			index = (index / UVM_PAGE + 1) * UVM_PAGE;
 	} else {
 		off_t at = lseek(r->ctl_fd, (off_t)(UVM_REGION_CTL_BYTES + index), SEEK_DATA);
@@ -669,6 +670,17 @@ int uvm_region_check(int64_t handle)
 	return 0;
 }
 
+int uvm_region_settle(int64_t handle)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	for (int i = 0; i < 400 && atomic_load(&r->in_flight) > 1; i++)
+		usleep(i < 10 ? 5 : 50);
+	uvm_region_put(r);
+	return 0;
+}
+
 int uvm_region_advise(int64_t handle, int advice)
 {
 	struct uvm_region *r = uvm_region_by_handle(handle);
@@ -754,9 +766,9 @@ int uvm_region_flush(int64_t handle, uint64_t index, uint64_t nr_pages)
 			rc = sync;
 		/* As errseq_t: an error of a write-back that nobody waited for is told once. */
 		uint64_t seq = __atomic_load_n(&c->shared->ctl.wb_err_seq, __ATOMIC_ACQUIRE);
-		if (rc == 0 && seq != c->seen_wb_err)
+		uint64_t told = atomic_exchange(&c->seen_wb_err, seq);
+		if (rc == 0 && seq != told)
 			rc = -(int)__atomic_load_n(&c->shared->ctl.wb_err, __ATOMIC_ACQUIRE);
-		c->seen_wb_err = seq;
 	}
 	uvm_region_put(r);
 	return rc;

@@ -164,6 +164,9 @@ int uvm_region_close_end(int64_t region);
 struct uvm_region_ctl *uvm_region_ctl(int64_t region); /* NULL if stale */
 uint8_t *uvm_region_ptes(int64_t region);
 int uvm_region_check(int64_t region);  /* 0, -ESTALE */
+/* Waits (20 ms at most) for executors that are inside the region. A commit wakes the toucher before the
+ * executor has counted and traced the fault: after this call the toucher's own faults are counted. */
+int uvm_region_settle(int64_t region);
 int uvm_region_advise(int64_t region, int advice);
 
 /* Synchronous work of the calling thread on pages [index, index + nr_pages): no fault is taken.

@@ -8,6 +8,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+import uffd_vm as uv
 from uffd_vm.cli import main
 from uffd_vm.errors import FeatureUnavailable, InvalidArgument, PermissionUnavailable
 from uffd_vm.kernel import features
@@ -60,10 +61,32 @@ def test_missing_feature_names_the_kernel_that_has_it():
 
 def test_library_feature_works_falls_back_or_is_refused():
     old = found(features=features.kernel_features((5, 15)), pagemap_scan=False)
-    assert features.require_library("lazy files", old) is True
-    assert features.require_library("protecting pages", old) is False
-    with pytest.raises(FeatureUnavailable, match="Instead: map with mode='c'"):
-        features.require_library("writable files", old)
+    assert features.require_library("anonymous memory", old) is True
+    assert features.require_library("counts of private pages", old) is False
+    for files in ("lazy files", "writable files"):
+        with pytest.raises(FeatureUnavailable, match="Instead: map with service='kernel'"):
+            features.require_library(files, old)
+
+
+@pytest.mark.parametrize(
+    "masked, call, lacks",
+    [
+        ("POISON", "uv.map(path, 'r', service='native')", "POISON"),
+        ("MINOR_SHMEM", "uv.map(path, 'r+', service='native')", "MINOR_SHMEM"),
+        ("MISSING_SHMEM", "uv.map(path, 'c', service='python')", "MISSING_SHMEM"),
+        ("PAGEFAULT_FLAG_WP", "uv.anonymous(4096, track=True)", "PAGEFAULT_FLAG_WP"),
+    ],
+)
+def test_a_region_is_refused_by_what_it_needs(masked, call, lacks, tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(b"x" * 4096)
+    monkeypatch.setenv("UFFD_VM_MASK_FEATURES", masked)
+    with pytest.raises(FeatureUnavailable, match=lacks):
+        eval(call, {"uv": uv, "path": path})
+
+
+def test_an_unknown_library_feature_is_refused():
+    old = found(features=features.kernel_features((5, 15)), pagemap_scan=False)
     with pytest.raises(InvalidArgument):
         features.require_library("no such thing", old)
 

@@ -320,16 +320,22 @@ class LibraryFeature:
         return not self.needs & ~features and (pagemap_scan or not self.needs_pagemap_scan)
 
 
+_FAILABLE = Feature.POISON | Feature.EVENT_REMAP  # a page that cannot be had is marked, then shown again
+
 LIBRARY_FEATURES: tuple[LibraryFeature, ...] = (
     LibraryFeature(
         "lazy files: uv.map(mode='r'), mode='c'",
-        Feature.MISSING_SHMEM,
-        refusal="open the file with np.memmap",
+        Feature.MISSING_SHMEM | _FAILABLE,
+        refusal="map with service='kernel', which is the kernel's own mmap",
     ),
     LibraryFeature(
         "writable files: uv.map(mode='r+')",
-        Feature.MISSING_SHMEM | Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
-        refusal="map with mode='c', or open the file with np.memmap",
+        Feature.MISSING_SHMEM
+        | Feature.MINOR_SHMEM
+        | Feature.PAGEFAULT_FLAG_WP
+        | Feature.WP_HUGETLBFS_SHMEM
+        | _FAILABLE,
+        refusal="map with service='kernel', which is the kernel's own mmap",
     ),
     LibraryFeature(
         "anonymous memory: uv.anonymous()",
@@ -337,46 +343,20 @@ LIBRARY_FEATURES: tuple[LibraryFeature, ...] = (
         refusal="nothing else is needed",
     ),
     LibraryFeature(
-        "budgets and write tracking of private memory",
+        "write tracking of private memory: track=True",
         Feature.PAGEFAULT_FLAG_WP,
-        refusal="do not ask for a budget, tracking or snapshots",
-    ),
-    LibraryFeature(
-        "protecting pages that were never touched",
-        Feature.WP_UNPOPULATED,
-        fallback="such pages are filled with zeros, then protected",
-    ),
-    LibraryFeature(
-        "snapshots of private arenas",
-        Feature.PAGEFAULT_FLAG_WP,
-        refusal="copy the memory",
-    ),
-    LibraryFeature(
-        "snapshots of shared arenas",
-        Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM,
-        refusal="use a private arena (shared=False)",
+        refusal="do not ask for tracking",
     ),
     LibraryFeature(
         "typed errors of failed pages",
-        Feature.POISON,
-        refusal="memory with a Source that can fail is refused: a failed page could not be marked",
+        _FAILABLE,
+        refusal="memory that can fail is refused: a failed page could not be told apart from data",
     ),
     LibraryFeature(
-        "audit of page tables",
+        "counts of private pages: residency()",
         Feature(0),
-        fallback="the audit is left out",
+        fallback="mapped pages are counted by our own table, dirty private bytes read 0",
         needs_pagemap_scan=True,
-    ),
-    LibraryFeature(
-        "asynchronous dirty tracking",
-        Feature.WP_ASYNC,
-        fallback="each first write faults and is counted then",
-        needs_pagemap_scan=True,
-    ),
-    LibraryFeature(
-        "second chance of evicted anonymous pages",
-        Feature.MOVE,
-        fallback="pages are copied out under write-protection",
     ),
 )
 
@@ -409,7 +389,7 @@ def require_library(name: str, found: Probe | None = None) -> bool:
 
 
 def configure_native(
-    *, nr_workers: int = 2, spin_ns: int = 0, user_mode_only: bool | None = None
+    *, nr_workers: int = 2, spin_ns: int = 50_000, user_mode_only: bool | None = None
 ) -> Probe:
     """Tells native code how userfaultfds are opened here, with which features. Once, before regions.
 

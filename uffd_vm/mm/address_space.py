@@ -423,7 +423,7 @@ class AddressSpace:
         features.require_library("writable files" if mode == "r+" else "lazy files")
         features.require_library("typed errors")
         if track and mode == "c":
-            features.require_library("budgets and write tracking")
+            features.require_library("write tracking")
         writable = mode == "r+"
         flags, prot = _PLAIN[mode]
         with self._locked(), ExitStack() as undo:
@@ -498,7 +498,7 @@ class AddressSpace:
             serving, reason = "native", "anonymous memory that is to be seen or tracked"
         features.require_library("anonymous memory")
         if track:
-            features.require_library("budgets and write tracking")
+            features.require_library("write tracking")
         title = name or f"anonymous-{next(self._numbers)}"
         with self._locked(), ExitStack() as undo:
             try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import _thread
 import logging
 import mmap
+import os
 import sys
 import threading
 import warnings
@@ -106,7 +107,7 @@ class Mapping(mmap.mmap):
         if self._teardown is None:
             super().close()
             return
-        with self._closing:
+        with _between_begin_and_end, self._closing:
             if self.closed:
                 return
             self._forgotten = False
@@ -159,6 +160,30 @@ class Mapping(mmap.mmap):
                 stacklevel=2,
             )
 
+
+#: Held while a region is neither open nor gone. os.fork() takes it too: a child must not inherit such a
+#: region, whose memory may be unmapped already, or still be there and no longer served.
+_between_begin_and_end = threading.RLock()
+
+
+def _before_fork() -> None:
+    _between_begin_and_end.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _between_begin_and_end.release()
+
+
+def _after_fork_in_child() -> None:
+    global _between_begin_and_end
+    _between_begin_and_end = threading.RLock()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 _orphans: list[Mapping] = []
 

@@ -330,7 +330,7 @@ class UserfaultOps(_Memory):
             self.protect(0, 0)
 
     def walk(self, index: int, nr_pages: int) -> bytes:
-        self.check_open()
+        self._settle()
         states = ffi.new("uint8_t[]", nr_pages)
         self._check(lib.uvm_region_walk(self.handle, index, nr_pages, states), "walk")
         return bytes(ffi.buffer(states))
@@ -348,11 +348,11 @@ class UserfaultOps(_Memory):
         return int(self._ctl().nr_present) if n is None else n
 
     def resident_pages(self) -> int:
-        self.check_open()
+        self._settle()
         return self._check(lib.uvm_region_resident(self.handle), "residency")
 
     def dirty_pages(self) -> int:
-        self.check_open()
+        self._settle()
         if not self._writable:
             return 0
         if self._shared and self.cache is not None:
@@ -363,14 +363,19 @@ class UserfaultOps(_Memory):
         self.check_open()
         return (self.cache.used_bytes, self.cache.cap_bytes) if self.cache else (0, 0)
 
+    def _settle(self) -> None:
+        """A toucher runs on before its fault is counted: afterwards its own faults are."""
+        self.check_open()
+        self._check(lib.uvm_region_settle(self.handle), "stats")
+
     def _ctl(self) -> CData:
+        self._settle()
         ctl = lib.uvm_region_ctl(self.handle)
         if ctl == ffi.NULL:
             self._check(-errno.ESTALE, "stats")
         return ctl
 
     def stats(self) -> Stats:
-        self.check_open()
         ctl = self._ctl()
         return Stats(
             decode_counters(ffi.unpack(ctl.counters, len(ctl.counters))),
@@ -378,7 +383,6 @@ class UserfaultOps(_Memory):
         )
 
     def trace(self) -> list[TraceRecord]:
-        self.check_open()
         ctl = self._ctl()
         before = ctl.trace_head
         ring = bytes(ffi.buffer(ctl.trace))
