@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 static struct uvm_cache caches[UVM_MAX_CACHES];
+static int nr_slots; /* high-water mark; under space.mutex */
 
 enum { WRITE_BACK_PAGES = 64, CHARGE_TRIES = 1000 };
 
@@ -224,7 +225,10 @@ int uvm_cache_create(int file_fd, uint64_t size, int64_t mtime_ns, uint64_t cap_
 		}
 		c->id = id;
 		atomic_store(&c->in_use, 1);
+		c->created = true;
 		atomic_store(&c->refs, 1);
+		if (id >= nr_slots)
+			nr_slots = id + 1;
 		uvm_space.nr_caches++;
 		rc = id;
 		break;
@@ -245,10 +249,8 @@ void uvm_cache_ref(struct uvm_cache *c)
 	atomic_fetch_add(&c->refs, 1);
 }
 
-void uvm_cache_unref(struct uvm_cache *c)
+static void cache_free(struct uvm_cache *c)
 {
-	if (atomic_fetch_sub(&c->refs, 1) != 1)
-		return;
 	for (int s = 0; s < 3; s++)
 		if (c->alias[s])
 			sys_munmap(c->alias[s], c->nr_pages << UVM_PAGE_SHIFT);
@@ -260,11 +262,18 @@ void uvm_cache_unref(struct uvm_cache *c)
 	atomic_store(&c->in_use, 0); /* last: now the slot may be taken again */
 }
 
+void uvm_cache_unref(struct uvm_cache *c)
+{
+	if (atomic_fetch_sub(&c->refs, 1) == 1)
+		cache_free(c);
+}
+
 int uvm_cache_put(int id)
 {
 	struct uvm_cache *c = uvm_cache_get(id);
 	if (!c)
 		return -EINVAL;
+	c->created = false;
 	uvm_cache_unref(c);
 	return 0;
 }
@@ -325,6 +334,21 @@ int uvm_cache_alias(struct uvm_cache *c, int service)
 		c->alias[service] = 0;
 	}
 	return c->alias[service] ? 0 : alias_map(c, service);
+}
+
+/* In a forked child, before its regions are counted: references of the parent's threads are nobody's. */
+void uvm_caches_child_begin(void)
+{
+	for (int id = 0; id < nr_slots; id++)
+		if (atomic_load(&caches[id].in_use))
+			atomic_store(&caches[id].refs, caches[id].created);
+}
+
+void uvm_caches_child_end(void)
+{
+	for (int id = 0; id < nr_slots; id++)
+		if (atomic_load(&caches[id].in_use) && !atomic_load(&caches[id].refs))
+			cache_free(&caches[id]);
 }
 
 /* In a forked child: the parent's slot is the parent's; the aliases were not inherited. */
@@ -609,6 +633,22 @@ static int copy_out(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char
 	return 0;
 }
 
+struct written_arg {
+	struct uvm_cache *c;
+	uint64_t nr_pages;
+};
+
+/* Counted once, for the first region that maps the cache. */
+static void count_written(struct uvm_region *r, void *data)
+{
+	struct written_arg *a = data;
+	if (r->cache != a->c || !a->nr_pages || atomic_load(&r->state) == UVM_REGION_FREE)
+		return;
+	uvm_count(r, UVM_COUNTER_WRITEBACK, a->nr_pages);
+	uvm_count(r, UVM_COUNTER_BYTES_WRITTEN, a->nr_pages << UVM_PAGE_SHIFT);
+	a->nr_pages = 0;
+}
+
 /* One run of dirty folios from index on, at most to end: take, protect, copy, and clean unless written
  * again meanwhile. Under wb_lock: an older copy must never land in the file over a newer one.
  *
@@ -634,6 +674,8 @@ static uint64_t write_back_run(struct uvm_cache *c, uint64_t index, uint64_t end
 		if (*rc == 0)
 			*rc = copied;
 	}
+	struct written_arg written = {c, copied == 0 ? a.nr_pages : 0};
+	uvm_for_each_region(count_written, &written);
 	unsigned to = clean && copied == 0 && a.rc == 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_DIRTY;
 	for (uint64_t i = index; i < index + a.nr_pages; i++)
 		if (uvm_folio_move(c, i, UVM_FOLIO_WRITEBACK, to) && to == UVM_FOLIO_UPTODATE)

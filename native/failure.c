@@ -300,10 +300,15 @@ struct uvm_done uvm_poison_page(struct uvm_region *r, uint64_t index)
 	lock();
 	struct placeholder *ph = ph_find(uvm_region_handle(r), index);
 	if (ph) {
-		/* The first page was poisoned with its sleepers woken: an old message. The others were not:
-		 * who sleeps there must not wake up to a placeholder. The janitor takes that away, and
-		 * wakes then. */
-		ph->wanted |= index != ph->index;
+		/* A thread sleeps here all the same: it found the page missing before it was poisoned, and
+		 * the kernel takes a poisoned page for a missing one once more before it lets the thread
+		 * sleep. It may hold the GIL, which the taker of this placeholder needs: wake it, into the
+		 * SIGSEGV of a closed placeholder. An open one it must not see: the janitor takes that away
+		 * first, and wakes then. */
+		if (ph->state == PH_COVERED && (ph->left_open || ph->nr_open))
+			ph->wanted = true;
+		else
+			(void)sys_uffd_wake(uvm_service_uffd(r->service), address, UVM_PAGE);
 	} else {
 		uvm_ptl_lock(address);
 		d = poison_ioctl(r, index, 0);
@@ -858,12 +863,23 @@ static struct sigaction sigint_before;
 static bool sigint_watched;
 static pthread_mutex_t sigint_mutex = PTHREAD_MUTEX_INITIALIZER;
 
+/* As the kernel would call it: a handler that asked for SA_NODEFER may raise its signal again (faulthandler
+ * does, to end the process) and counts on it being delivered before it returns. */
 static void call_action(const struct sigaction *sa, int sig, siginfo_t *info, void *context)
 {
+	sigset_t one, before;
+	bool open = sa->sa_flags & SA_NODEFER;
+
+	sigemptyset(&one);
+	sigaddset(&one, sig);
+	if (open)
+		pthread_sigmask(SIG_UNBLOCK, &one, &before);
 	if (sa->sa_flags & SA_SIGINFO)
 		sa->sa_sigaction(sig, info, context);
 	else if (sa->sa_handler != SIG_IGN && sa->sa_handler != SIG_DFL)
 		sa->sa_handler(sig);
+	if (open)
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 static void sigint_handler(int sig, siginfo_t *info, void *context)

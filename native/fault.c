@@ -6,6 +6,7 @@
  * of lazy memory; the region is not used after it was let go of, and it is let go of before any wait
  * for a file. */
 #include "commit.h"
+#include "failure.h"
 
 /* Internal outcome of an action, beside the VM_FAULT_* bits (which end at 0xf0000): start again now. */
 #define RESTART 0x80000000u
@@ -554,7 +555,7 @@ static int window_read(struct uvm_executor *x, struct uvm_cache *c, uint64_t ind
 /* Fills one window: take, charge, read, commit, publish. *region may come back NULL (closed meanwhile).
  * Returns pages done, 0 if the first page was not there to take, or -errno:
  * -EAGAIN a blocking thread must do it, -ESTALE... the file changed, -EBADF the region is gone. */
-static int64_t fill_window(struct uvm_executor *x, struct uvm_region **region,
+static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f, struct uvm_region **region,
 			   struct window *w, struct uvm_commit_end *end, bool *demand_ok)
 {
 	struct uvm_region *r = *region;
@@ -591,7 +592,7 @@ static int64_t fill_window(struct uvm_executor *x, struct uvm_region **region,
 		if (!private)
 			uvm_cache_note_extent(c, pgoff + w->index, w->nr_pages);
 		uvm_count(r, UVM_COUNTER_BYTES_READ, w->nr_pages << UVM_PAGE_SHIFT);
-		uvm_unpark_range(r, w->index, w->nr_pages, w->row ? w->row->result : UVM_VM_FAULT_MAJOR);
+		uvm_unpark_range(r, w->index, w->nr_pages, w->row ? w->row->result : UVM_VM_FAULT_MAJOR, f);
 	}
 	uvm_cache_unref(c);
 	return done;
@@ -670,7 +671,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 	w.demand = v->index;
 	w.row = v->row;
 	w.around = around_row(v->region);
-	int64_t done = fill_window(v->x, &v->region, &w, &end, &demand_ok);
+	int64_t done = fill_window(v->x, v->f, &v->region, &w, &end, &demand_ok);
 	if (!v->region)
 		return wake(v); /* X-GONE: closed while we read, so nobody else will wake this thread */
 	if (done < 0 && done != -EAGAIN && done != -EBADF && w.nr_pages > 1) {
@@ -678,7 +679,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 		w.index = v->index;
 		w.nr_pages = 1;
 		sequential = false;
-		done = fill_window(v->x, &v->region, &w, &end, &demand_ok);
+		done = fill_window(v->x, v->f, &v->region, &w, &end, &demand_ok);
 		if (!v->region)
 			return wake(v);
 	}
@@ -883,11 +884,7 @@ int64_t uvm_fill_range(struct uvm_executor *x, struct uvm_region **region, uint6
 		}
 		waited_from = 0;
 		if (pte == UVM_PTE_POISONED && wait) { /* this call is a new try: lift the poison */
-			uvm_ptl_lock(uvm_region_addr(r, index));
-			if (atomic_load(&r->ptes[index]) == UVM_PTE_POISONED &&
-			    sys_madvise(uvm_region_addr(r, index), UVM_PAGE, MADV_DONTNEED) == 0)
-				uvm_set_pte(r, index, UVM_PTE_NONE);
-			uvm_ptl_unlock(uvm_region_addr(r, index));
+			uvm_failure_lift(r, index);
 			continue;
 		}
 		if (pte != UVM_PTE_NONE || flags & UVM_FLAG_CACHED) {
@@ -897,7 +894,7 @@ int64_t uvm_fill_range(struct uvm_executor *x, struct uvm_region **region, uint6
 		struct uvm_commit_end end = {0};
 		bool ok;
 		w.around = around_row(r);
-		int64_t n = fill_window(x, region, &w, &end, &ok);
+		int64_t n = fill_window(x, NULL, region, &w, &end, &ok);
 		if (n == -EBADF || !*region)
 			return -EBADF;
 		if (n < 0) {

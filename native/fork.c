@@ -31,6 +31,7 @@ static void child_cache(struct uvm_region *r, void *arg)
 	(void)arg;
 	if (!r->cache)
 		return;
+	uvm_cache_ref(r->cache);
 	for (int i = 0; i < nr_seen; i++)
 		if (seen[i] == r->cache)
 			return;
@@ -90,7 +91,9 @@ static void in_child(void)
 	if (uvm_space.nr_regions) {
 		rc = uvm_service_child_uffds();
 		nr_seen = attach_rc = 0;
+		uvm_caches_child_begin();
 		uvm_for_each_region_locked(child_cache, NULL);
+		uvm_caches_child_end();
 		if (rc == 0)
 			rc = attach_rc;
 		uvm_for_each_region_locked(child_region, &rc);

@@ -82,6 +82,7 @@ _Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache he
 struct uvm_cache {
 	int id;
 	int file_fd, data_fd, ctl_fd;
+	bool created; /* its creator still holds it; under space.mutex */
 	int writable;
 	_Atomic int in_use;
 	_Atomic int refs; /* creator, regions, reads in flight; the last one frees */
@@ -126,6 +127,8 @@ int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void 
 /* The first index >= index whose folio words were ever written; nr_pages if none. */
 uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index);
 int uvm_cache_child_attach(struct uvm_cache *c);
+void uvm_caches_child_begin(void);
+void uvm_caches_child_end(void);
 
 /* ---- regions ------------------------------------------------------------------------------------- */
 enum uvm_region_state { UVM_REGION_FREE, UVM_REGION_LIVE, UVM_REGION_CLOSING };
@@ -243,7 +246,9 @@ int uvm_queue_fill(int64_t region, uint64_t index, uint64_t nr_pages);
 int uvm_queue_fault(const struct uvm_fault *f); /* parks it too */
 void uvm_queue_drop(int64_t region);
 int uvm_park(const struct uvm_fault *f);
-void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint32_t result);
+/* `own`: the fault that the caller itself will account, or NULL. */
+void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint32_t result,
+		      const struct uvm_fault *own);
 void uvm_poke_fault_thread(void);
 
 /* ---- failure (failure.c) -------------------------------------------------------------------------- */

@@ -72,7 +72,8 @@ static void parked_remove(int i) /* parked_lock held */
 }
 
 /* The pages were committed, which woke who waits on them in this mapping: their faults are over. */
-void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint32_t result)
+void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint32_t result,
+		      const struct uvm_fault *own)
 {
 	uint64_t start = uvm_region_addr(r, index), end = start + (nr_pages << UVM_PAGE_SHIFT);
 	bool more = false;
@@ -84,9 +85,11 @@ void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 		if (f->address >= start && f->address < end && f->kind == UVM_KIND_MISSING &&
 		    f->access == 0) {
 			uint64_t waited = sys_now_ns() - f->t_ns;
-			uvm_mm_account_fault(r, result & ~(uint32_t)UVM_VM_FAULT_RETRY, true);
-			__atomic_fetch_add(&r->ctl->latency[uvm_latency_bucket(waited)], 1,
-					   __ATOMIC_RELAXED);
+			if (!own || !same_fault(f, own)) {
+				uvm_mm_account_fault(r, result & ~(uint32_t)UVM_VM_FAULT_RETRY, true);
+				__atomic_fetch_add(&r->ctl->latency[uvm_latency_bucket(waited)], 1,
+						   __ATOMIC_RELAXED);
+			}
 			parked_remove(i);
 		} else {
 			more = true;

@@ -223,7 +223,6 @@ class AddressSpace:
         self._caches = PageCaches()
         self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
         self._python: dict[int, RegionDescriptor] = {}
-        self._nr_raising = 0
         self._numbers = itertools.count(1)
         self._hooked = False
 
@@ -432,6 +431,7 @@ class AddressSpace:
                 file,
                 version,
                 writable=writable,
+                sharing=_sharing(serving, track and mode == "c"),
                 cap=settings.cap,
                 cap_is_explicit=settings.cap_is_explicit,
             )
@@ -641,18 +641,15 @@ class AddressSpace:
                 self._failure_down()
 
     def _failure_up(self) -> None:
-        if self._nr_raising == 0:
-            from uffd_vm.service import failure
+        """Each region by itself: every call puts our SIGBUS handler back if it was replaced."""
+        from uffd_vm.service import failure
 
-            failure.install()
-        self._nr_raising += 1
+        failure.install()
 
     def _failure_down(self) -> None:
-        self._nr_raising -= 1
-        if self._nr_raising == 0:
-            from uffd_vm.service import failure
+        from uffd_vm.service import failure
 
-            failure.shutdown()
+        failure.shutdown()
 
     # --- the fault-service process ------------------------------------------------------------------
 
@@ -695,6 +692,15 @@ class AddressSpace:
         self._python.clear()
         for mapping in self.regions():
             mapping.in_forked_child()
+
+
+def _sharing(serving: str, private: bool) -> str:
+    """Which regions of one file version may have one page cache. A tracked copy keeps its content in
+    private pages and needs a cache that nobody fills: a page in it would map itself, unseen. The
+    fault-service process is the only one that changes the folio states of its caches."""
+    if private:
+        return "private"
+    return "python" if serving == "python" else "native"
 
 
 def _nothing() -> None:

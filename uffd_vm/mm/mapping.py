@@ -81,6 +81,8 @@ class Mapping(mmap.mmap):
         `fd` stays the caller's; before Python 3.13 mmap keeps a duplicate of it for itself.
         """
         extra: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        if flags & mmap.MAP_PRIVATE:  # copies of pages are not charged before they are made
+            flags |= MAP_NORESERVE
         return cls(fd, nbytes, flags=flags, prot=prot, offset=offset, **extra)
 
     @classmethod

@@ -164,16 +164,19 @@ class PageCaches:
         version: FileVersion,
         *,
         writable: bool,
+        sharing: str,
         cap: int,
         cap_is_explicit: bool,
     ) -> PageCache:
         """The cache for a version of the file open at `fd`; the caller is one more user until `put()`.
 
+        Regions share a cache only with those of the same `sharing`.
+
         Raises RegionBusyError when another process has the file "r+", and SourceChanged when this
         process has it "r+" and its size is not what was mapped then.
         """
         # Our own write-back moves the mtime of a writable file; its lock says that it is still ours.
-        key = (version.device, version.inode, "r+") if writable else version
+        key = (sharing, (version.device, version.inode, "r+") if writable else version)
         cache = self._caches.get(key)
         if cache is None:
             if writable:
