@@ -24,15 +24,20 @@ static struct {
 	pthread_t thread;
 	bool running;
 	int socket_fd, pidfd, uffd; /* our own copies */
-	int stop[2];		    /* a pipe: its end of file means stop */
-} agent = {.mutex = PTHREAD_MUTEX_INITIALIZER, .socket_fd = -1, .pidfd = -1, .uffd = -1, .stop = {-1, -1}};
+	int stop[2];                /* a pipe: its end of file means stop */
+} agent = {.mutex = PTHREAD_MUTEX_INITIALIZER,
+	   .socket_fd = -1,
+	   .pidfd = -1,
+	   .uffd = -1,
+	   .stop = {-1, -1}};
 
 /* --- requests ----------------------------------------------------------------------------------- */
 static int agent_dontneed(struct uvm_region *r, uint64_t index, uint64_t nr_pages)
 {
 	int rc = sys_madvise(uvm_region_addr(r, index), nr_pages << UVM_PAGE_SHIFT, MADV_DONTNEED);
 	if (rc == 0)
-		(void)sys_uffd_wake(agent.uffd, uvm_region_addr(r, index), nr_pages << UVM_PAGE_SHIFT);
+		(void)sys_uffd_wake(agent.uffd, uvm_region_addr(r, index),
+				    nr_pages << UVM_PAGE_SHIFT);
 	return rc;
 }
 
@@ -75,7 +80,8 @@ static int agent_execute(const struct uvm_agent_request *q)
 	else if (q->op == UVM_AGENT_FAILED)
 		rc = agent_failed(r, q);
 	else if (q->op == UVM_AGENT_EVICT)
-		rc = r->cache ? (int)uvm_cache_evict(r->cache, r->pgoff + q->index, q->nr_pages) : 0;
+		rc = r->cache ? (int)uvm_cache_evict(r->cache, r->pgoff + q->index, q->nr_pages)
+			      : 0;
 	else
 		rc = -EINVAL;
 	uvm_region_put(r);

@@ -60,7 +60,8 @@ static int slot_attach(struct uvm_cache *c)
 			if (!atomic_compare_exchange_strong(&s->pid, &pid, me))
 				continue;
 			if (pass == 0)
-				__atomic_fetch_add(&c->shared->ctl.nr_attached, 1, __ATOMIC_ACQ_REL);
+				__atomic_fetch_add(&c->shared->ctl.nr_attached, 1,
+						   __ATOMIC_ACQ_REL);
 			uint32_t epoch = atomic_fetch_add(&s->epoch, 1) + 1;
 			atomic_store(&s->start_time, process_start_time(me));
 			c->owner = i | (epoch & 0xffff) << 8;
@@ -105,7 +106,8 @@ bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index)
 {
 	uint32_t word = atomic_load(&c->folios[index]);
 	unsigned state = uvm_folio_state(word), to;
-	if (state != UVM_FOLIO_FILLING && state != UVM_FOLIO_EVICTING && state != UVM_FOLIO_WRITEBACK)
+	if (state != UVM_FOLIO_FILLING && state != UVM_FOLIO_EVICTING &&
+	    state != UVM_FOLIO_WRITEBACK)
 		return true;
 	struct uvm_cache_slot *s = &c->shared->slots[word >> 8 & 0xff];
 	if ((atomic_load(&s->epoch) & 0xffff) == word >> 16 && slot_alive(s))
@@ -383,7 +385,8 @@ uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)
 int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void *buf, bool nowait)
 {
 	struct uvm_cache_ctl *ctl = &c->shared->ctl;
-	uint64_t off = index << UVM_PAGE_SHIFT, len = nr_pages << UVM_PAGE_SHIFT, want = len, got = 0;
+	uint64_t off = index << UVM_PAGE_SHIFT, len = nr_pages << UVM_PAGE_SHIFT, want = len,
+		 got = 0;
 	struct stat st;
 
 	if (off + want > ctl->size)
@@ -529,11 +532,13 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 			int64_t more = uvm_cache_evict(c, e.index, e.nr_pages);
 			kept = false;
 			for (uint64_t i = e.index; i < e.index + e.nr_pages; i++)
-				kept |= uvm_folio_state(atomic_load(&c->folios[i])) != UVM_FOLIO_ABSENT;
+				kept |= uvm_folio_state(atomic_load(&c->folios[i])) !=
+					UVM_FOLIO_ABSENT;
 			n = (n > 0 ? n : 0) + (more > 0 ? more : 0);
 		}
 		if (kept)
-			(void)fifo_push(c, e.index, e.nr_pages); /* we popped one: there is room, or reclaim of
+			(void)fifo_push(c, e.index,
+					e.nr_pages); /* we popped one: there is room, or reclaim of
 								  * another thread holds its place */
 		got += n > 0 ? (uint64_t)n : 0;
 	}
@@ -551,9 +556,9 @@ bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_bac
 		uint64_t used = __atomic_add_fetch(&ctl->nr_used, nr_pages, __ATOMIC_RELAXED);
 		if (used <= ctl->cap_pages || give_way) {
 			uint64_t peak = __atomic_load_n(&ctl->nr_peak, __ATOMIC_RELAXED);
-			while (used > peak && !__atomic_compare_exchange_n(&ctl->nr_peak, &peak, used, true,
-									   __ATOMIC_RELAXED,
-									   __ATOMIC_RELAXED))
+			while (used > peak &&
+			       !__atomic_compare_exchange_n(&ctl->nr_peak, &peak, used, true,
+							    __ATOMIC_RELAXED, __ATOMIC_RELAXED))
 				;
 			return true;
 		}
@@ -588,8 +593,8 @@ static void protect_in_region(struct uvm_region *r, void *data)
 {
 	struct protect_arg *a = data;
 	uint64_t first = a->index, end = a->index + a->nr_pages;
-	if (r->cache != a->c || !r->writable || r->backing != UVM_BACKING_SHARED_FILE || a->rc < 0 ||
-	    atomic_load(&r->state) == UVM_REGION_FREE)
+	if (r->cache != a->c || !r->writable || r->backing != UVM_BACKING_SHARED_FILE ||
+	    a->rc < 0 || atomic_load(&r->state) == UVM_REGION_FREE)
 		return;
 	if (first < r->pgoff)
 		first = r->pgoff;
@@ -597,19 +602,21 @@ static void protect_in_region(struct uvm_region *r, void *data)
 		end = r->pgoff + r->nr_pages;
 	while (first < end && a->rc == 0) {
 		uint64_t index = first - r->pgoff, addr = uvm_region_addr(r, index);
-		uint64_t n = end - first, to_pmd = UVM_PMD_PAGES - (addr >> UVM_PAGE_SHIFT) % UVM_PMD_PAGES;
+		uint64_t n = end - first,
+			 to_pmd = UVM_PMD_PAGES - (addr >> UVM_PAGE_SHIFT) % UVM_PMD_PAGES;
 		if (n > to_pmd)
 			n = to_pmd;
 		uvm_ptl_lock(addr);
-		a->rc = sys_uffd_writeprotect(uvm_service_uffd(r->service), addr, n << UVM_PAGE_SHIFT,
-					      UFFDIO_WRITEPROTECT_MODE_WP);
+		a->rc = sys_uffd_writeprotect(uvm_service_uffd(r->service), addr,
+					      n << UVM_PAGE_SHIFT, UFFDIO_WRITEPROTECT_MODE_WP);
 		for (uint64_t i = index; i < index + n && a->rc == 0; i++)
 			if (atomic_load(&r->ptes[i]) == UVM_PTE_PRESENT)
 				uvm_set_pte(r, i, UVM_PTE_WRITE_PROTECTED);
 		uvm_ptl_unlock(addr);
 		first += n;
 	}
-	if (a->rc == -ENOENT) /* being closed, or a placeholder stands in it: its pages stay dirty */
+	if (a->rc ==
+	    -ENOENT) /* being closed, or a placeholder stands in it: its pages stay dirty */
 		a->rc = -EBUSY;
 }
 
@@ -656,7 +663,8 @@ static void count_written(struct uvm_region *r, void *data)
  * with empty page tables, and its first store finds WRITEBACK and makes the folio dirty again. Page
  * tables of one that was there cannot be protected from here, so its pages are written but stay dirty:
  * nothing is lost, some is written twice. Returns the pages taken; *rc tells the first error. */
-static uint64_t write_back_run(struct uvm_cache *c, uint64_t index, uint64_t end, char *buf, int *rc)
+static uint64_t write_back_run(struct uvm_cache *c, uint64_t index, uint64_t end, char *buf,
+			       int *rc)
 {
 	struct protect_arg a = {c, index, 0, 0};
 	while (index + a.nr_pages < end && a.nr_pages < WRITE_BACK_PAGES &&

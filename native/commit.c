@@ -42,8 +42,8 @@ static struct uvm_done commit_copy_cache(const struct uvm_commit *a, uint64_t in
 {
 	struct uvm_region *r = a->region;
 	uint64_t alias = r->cache->alias[r->service] + ((r->pgoff + index) << UVM_PAGE_SHIFT);
-	struct uvm_done d = sys_uffd_copy(a->uffd, alias, source(a, index), len,
-					  UFFDIO_COPY_MODE_DONTWAKE);
+	struct uvm_done d =
+		sys_uffd_copy(a->uffd, alias, source(a, index), len, UFFDIO_COPY_MODE_DONTWAKE);
 	if (d.err == 0 || d.done > 0)
 		(void)sys_uffd_wake(a->uffd, uvm_region_addr(r, index),
 				    d.err == 0 ? len : (uint64_t)d.done);

@@ -6,13 +6,13 @@
 struct uvm_commit {
 	struct uvm_region *region;
 	int uffd;
-	int commit;		/* UVM_COMMIT_* */
-	const uint8_t *buf;	/* content of page buf_index and on, for COPY */
+	int commit;         /* UVM_COMMIT_* */
+	const uint8_t *buf; /* content of page buf_index and on, for COPY */
 	uint64_t buf_index;
 };
 
 struct uvm_commit_end {
-	int settlement; /* UVM_SETTLEMENT_* of the last ioctl */
+	int settlement;  /* UVM_SETTLEMENT_* of the last ioctl */
 	uint32_t result; /* VM_FAULT_* that the settlement gives */
 	int err;
 };

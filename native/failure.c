@@ -39,20 +39,20 @@
 
 enum {
 	MAX_PLACEHOLDERS = 4096, /* beyond it, death: each may split a mapping in three */
-	MAX_TOLD = 512,		 /* threads with a failure that they have not taken yet */
+	MAX_TOLD = 512,          /* threads with a failure that they have not taken yet */
 	MAX_OWNERS = 6,
 	MAX_POISONED = 4096,
 	MAX_RAISES = 64,
 	MAX_LOOKS = 64, /* power of two */
 	LOOKS_IN_VAIN = 2000,
-	MAX_OPEN = 16,	   /* pages that one instruction may touch (a gather) */
+	MAX_OPEN = 16,     /* pages that one instruction may touch (a gather) */
 	MAX_STEPS = 20000, /* instructions of one thread until a placeholder stays open */
 };
 
 #define UVM_POISON_TTL_NS 50000000ull
 #define GRACE_NS 1000000l
 #define PLACEHOLDER_TTL_NS 250000000ull /* of a thread that no exception can reach */
-#define TAKEN_AFTER_NS 2000000000ull	/* then look whether an exception was swallowed */
+#define TAKEN_AFTER_NS 2000000000ull    /* then look whether an exception was swallowed */
 #define RAISE_TIMEOUT_S 60
 #define INTERRUPT_TTL_NS 1000000000ull
 
@@ -94,13 +94,13 @@ struct placeholder {
 	uint64_t t_ns;
 	uint64_t removal; /* PH_REMOVING: which one, of all removals */
 	uint64_t address;
-	uint32_t serial; /* a slot is used again */
+	uint32_t serial;  /* a slot is used again */
 	uint16_t nr_open; /* threads that run an instruction on it */
 	bool left_open;
 	uint32_t nr_pages;
 	uint8_t state, nr_owners;
-	bool wanted;	/* a thread sleeps on one of its pages: take it away soon */
-	bool unknown;	/* no exception says when it may go: PLACEHOLDER_TTL_NS */
+	bool wanted;                 /* a thread sleeps on one of its pages: take it away soon */
+	bool unknown;                /* no exception says when it may go: PLACEHOLDER_TTL_NS */
 	uint16_t owners[MAX_OWNERS]; /* slots of told[] */
 };
 
@@ -407,8 +407,8 @@ static uint64_t run_poison(struct uvm_region *r, uint64_t index, uint64_t want)
 static int cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages)
 {
 	uint64_t len = nr_pages << UVM_PAGE_SHIFT, temp;
-	int rc = sys_mmap(0, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
-			  -1, 0, &temp);
+	int rc = sys_mmap(0, len, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0, &temp);
 	if (rc < 0)
 		return rc;
 	memset((void *)(uintptr_t)temp, 0xff, len);
@@ -447,7 +447,8 @@ static int pages_make(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 	int rc = pages_map(r, index, nr_pages, 0, ret);
 
 	if (rc == 0) {
-		rc = sys_uffd_register(uvm_service_uffd(r->service), *ret, len, r->register_mode, NULL);
+		rc = sys_uffd_register(uvm_service_uffd(r->service), *ret, len, r->register_mode,
+				       NULL);
 		if (rc < 0)
 			sys_munmap(*ret, len);
 	}
@@ -514,7 +515,8 @@ static void ph_wait_removed(void)
 		lock();
 		begun = begun ? begun : failures.removals;
 		for (uint32_t i = 0; i < failures.nr_ph; i++)
-			busy |= failures.ph[i].state == PH_REMOVING && failures.ph[i].removal <= begun;
+			busy |= failures.ph[i].state == PH_REMOVING &&
+				failures.ph[i].removal <= begun;
 		unlock();
 		if (busy)
 			usleep(20);
@@ -584,7 +586,8 @@ static struct told *told_find(uint32_t tid) /* locked */
 	return NULL;
 }
 
-static void told_disown(struct told *t) /* locked: its placeholders are nobody's, or somebody else's */
+static void
+told_disown(struct told *t) /* locked: its placeholders are nobody's, or somebody else's */
 {
 	uint16_t slot = (uint16_t)(t - failures.told);
 
@@ -767,8 +770,9 @@ static void *raiser_main(void *arg)
 		uint32_t seen = atomic_load(&h->kick);
 		bool look;
 		if (!raiser_has_work(&look) || atomic_load(&h->stop)) {
-			helper_sleep(h, seen, atomic_load(&nr_placeholders) ? TAKEN_AFTER_NS / 2
-									     : 3600000000000ull);
+			helper_sleep(h, seen,
+				     atomic_load(&nr_placeholders) ? TAKEN_AFTER_NS / 2
+								   : 3600000000000ull);
 			continue;
 		}
 		if (Py_IsFinalizing())
@@ -926,7 +930,8 @@ void uvm_interrupt_watch(bool on)
 		return;
 	pthread_mutex_lock(&sigint_mutex);
 	if (on && !sigint_watched && sigaction(SIGINT, NULL, &now) == 0 &&
-	    (now.sa_flags & SA_SIGINFO || (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN))) {
+	    (now.sa_flags & SA_SIGINFO ||
+	     (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN))) {
 		struct sigaction ours = {.sa_sigaction = sigint_handler, .sa_mask = now.sa_mask};
 		ours.sa_flags = (now.sa_flags & ~SA_RESETHAND) | SA_SIGINFO;
 		sigint_before = now;
@@ -1033,10 +1038,11 @@ static _Atomic int sigbus_installed; /* 0: pass everything on */
 static void die_line(const struct uvm_region *r, uint64_t index, const char *why, int err)
 {
 	char line[256];
-	int n = snprintf(line, sizeof line,
-			 "uffd_vm: page %llu of the region at %#llx could not be had, and %s (errno %d): "
-			 "SIGBUS\n",
-			 (unsigned long long)index, (unsigned long long)r->start, why, err);
+	int n = snprintf(
+		line, sizeof line,
+		"uffd_vm: page %llu of the region at %#llx could not be had, and %s (errno %d): "
+		"SIGBUS\n",
+		(unsigned long long)index, (unsigned long long)r->start, why, err);
 	if (n > 0 && write(2, line, (size_t)n < sizeof line ? (size_t)n : sizeof line - 1) < 0)
 		return;
 }
@@ -1130,8 +1136,8 @@ static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struc
 				if (sys_madvise(address + UVM_PAGE, (n - 1) << UVM_PAGE_SHIFT,
 						MADV_DONTNEED) == 0)
 					uvm_set_ptes(r, index + 1, n - 1, UVM_PTE_NONE);
-				(void)sys_uffd_wake(uvm_service_uffd(r->service), address + UVM_PAGE,
-						    (n - 1) << UVM_PAGE_SHIFT);
+				(void)sys_uffd_wake(uvm_service_uffd(r->service),
+						    address + UVM_PAGE, (n - 1) << UVM_PAGE_SHIFT);
 				n = 1;
 				rc = cover(r, index, 1);
 			}
@@ -1239,8 +1245,10 @@ static void close_for(struct told *t)
 /* The calling thread is to be told that this page could not be had. In a SIGBUS handler. */
 static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_first)
 {
-	struct uvm_failure f = {.region = uvm_region_handle(r), .index = index,
-				.kind = UVM_FAILURE_SOURCE, .err = EIO};
+	struct uvm_failure f = {.region = uvm_region_handle(r),
+				.index = index,
+				.kind = UVM_FAILURE_SOURCE,
+				.err = EIO};
 	struct placeholder *ph = NULL;
 	uint32_t tid = sys_gettid();
 	bool again = told_already(tid);
@@ -1480,7 +1488,8 @@ int uvm_sigbus_install(void)
 	pthread_mutex_lock(&helpers_mutex);
 	for (int i = 0; i < NR_CHAINS && rc == 0; i++) {
 		struct chained *c = &chains[i];
-		struct sigaction ours = {.sa_sigaction = c->handler, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+		struct sigaction ours = {.sa_sigaction = c->handler,
+					 .sa_flags = SA_SIGINFO | SA_ONSTACK};
 		sigemptyset(&ours.sa_mask);
 		if (in_force(c))
 			continue;
@@ -1502,7 +1511,8 @@ void uvm_sigbus_remove(void)
 	pthread_mutex_lock(&helpers_mutex);
 	for (int i = 0; i < NR_CHAINS; i++)
 		if (in_force(&chains[i]))
-			sigaction(chains[i].sig, &chains[i].before[atomic_load(&chains[i].slot)], NULL);
+			sigaction(chains[i].sig, &chains[i].before[atomic_load(&chains[i].slot)],
+				  NULL);
 	/* Replaced since: whoever did keeps us in its chain; we pass everything on. */
 	atomic_store(&sigbus_installed, 0);
 	pthread_mutex_unlock(&helpers_mutex);
@@ -1530,7 +1540,8 @@ static uint64_t janitor_round(bool all)
 	lock();
 	for (int i = 0; i < MAX_TOLD; i++) {
 		struct told *t = &failures.told[i];
-		if (t->state == TOLD_UNKNOWN && !t->nr_open && now - t->t_ns > 2 * PLACEHOLDER_TTL_NS) {
+		if (t->state == TOLD_UNKNOWN && !t->nr_open &&
+		    now - t->t_ns > 2 * PLACEHOLDER_TTL_NS) {
 			told_disown(t);
 			t->state = TOLD_FREE;
 		}
@@ -1543,7 +1554,8 @@ static uint64_t janitor_round(bool all)
 	int held = atomic_load(&interrupt_state);
 	if (held != INT_NONE) {
 		if (now - atomic_load(&interrupt_t) > INTERRUPT_TTL_NS)
-			held == INT_IN_SYSCALL ? interrupt_forget_syscall() : interrupt_hand_on(held);
+			held == INT_IN_SYSCALL ? interrupt_forget_syscall()
+					       : interrupt_hand_on(held);
 		else if (next > INTERRUPT_TTL_NS / 4)
 			next = INTERRUPT_TTL_NS / 4;
 	}
@@ -1635,7 +1647,8 @@ void uvm_failure_forget(struct uvm_region *r)
 	uint64_t kept = failures.poison_tail;
 	for (uint64_t i = failures.poison_tail; i < failures.poison_head; i++)
 		if (failures.poisoned[i % MAX_POISONED].region != region)
-			failures.poisoned[kept++ % MAX_POISONED] = failures.poisoned[i % MAX_POISONED];
+			failures.poisoned[kept++ % MAX_POISONED] =
+				failures.poisoned[i % MAX_POISONED];
 	failures.poison_head = kept;
 	unlock();
 }

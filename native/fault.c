@@ -43,7 +43,8 @@ static bool fills_private(const struct uvm_region *r)
 /* A folio that a dead process left busy, if the page's state is a folio's: taken over, look again. */
 static bool take_over_dead(struct uvm_region *r, uint64_t index)
 {
-	return r->cache && !fills_private(r) && uvm_cache_take_over_dead(r->cache, r->pgoff + index);
+	return r->cache && !fills_private(r) &&
+	       uvm_cache_take_over_dead(r->cache, r->pgoff + index);
 }
 
 /* The page-table entry joined with the folio, as this kind of fault proves it: the kernel's truth wins.
@@ -57,8 +58,8 @@ unsigned uvm_walk(struct uvm_region *r, uint64_t index, int kind, unsigned *flag
 		return pte;
 	if (pte == UVM_PTE_POISONED || pte == UVM_PTE_GUARD || pte == UVM_PTE_BUSY)
 		return pte;
-	switch (uvm_folio_state(atomic_load_explicit(&r->cache->folios[r->pgoff + index],
-						     memory_order_acquire))) {
+	switch (uvm_folio_state(
+		atomic_load_explicit(&r->cache->folios[r->pgoff + index], memory_order_acquire))) {
 	case UVM_FOLIO_ABSENT:
 	case UVM_FOLIO_ERROR:
 		return UVM_PTE_NONE;
@@ -67,8 +68,9 @@ unsigned uvm_walk(struct uvm_region *r, uint64_t index, int kind, unsigned *flag
 		return UVM_PTE_BUSY;
 	case UVM_FOLIO_WRITEBACK:
 		*flags |= UVM_FLAG_CACHED;
-		return kind == UVM_KIND_WP ? UVM_PTE_EVICTING
-		       : kind == UVM_KIND_MINOR ? UVM_PTE_CACHED : UVM_PTE_NONE;
+		return kind == UVM_KIND_WP      ? UVM_PTE_EVICTING
+		       : kind == UVM_KIND_MINOR ? UVM_PTE_CACHED
+						: UVM_PTE_NONE;
 	case UVM_FOLIO_DIRTY:
 		*flags |= UVM_FLAG_CACHED;
 		if (kind == UVM_KIND_WP)
@@ -345,7 +347,8 @@ static uint32_t act_map_cached(struct vm_fault *v)
 		       UVM_FOLIO_UPTODATE)
 		start--;
 	while (stop < last && atomic_load(&r->ptes[stop]) == UVM_PTE_NONE &&
-	       uvm_folio_state(atomic_load(&r->cache->folios[r->pgoff + stop])) == UVM_FOLIO_UPTODATE)
+	       uvm_folio_state(atomic_load(&r->cache->folios[r->pgoff + stop])) ==
+		       UVM_FOLIO_UPTODATE)
 		stop++;
 	uint64_t done = uvm_commit(&a, start, stop - start, &end);
 	uvm_set_ptes(r, start, done, v->row->next_pte);
@@ -360,7 +363,8 @@ static uint32_t act_map_cached(struct vm_fault *v)
 		uvm_count(r, UVM_COUNTER_MAP_AROUND, done - 1);
 		return v->row->result;
 	}
-	if (end.settlement == UVM_SETTLEMENT_VERIFY) { /* mapped already: publish what the kernel has */
+	if (end.settlement ==
+	    UVM_SETTLEMENT_VERIFY) { /* mapped already: publish what the kernel has */
 		uvm_ptl_lock(fault_page(v));
 		if (pte_same(v))
 			uvm_set_pte(r, v->index, v->row->next_pte);
@@ -371,9 +375,9 @@ static uint32_t act_map_cached(struct vm_fault *v)
 
 /* ---- filling from the file -------------------------------------------------------------------------------- */
 struct window {
-	uint64_t index, nr_pages; /* pages of the region */
-	uint64_t demand;	  /* the page that is waited for, UVM_NO_INDEX for read-ahead */
-	const struct uvm_row *row; /* of the demanded page */
+	uint64_t index, nr_pages;     /* pages of the region */
+	uint64_t demand;              /* the page that is waited for, UVM_NO_INDEX for read-ahead */
+	const struct uvm_row *row;    /* of the demanded page */
 	const struct uvm_row *around; /* of its neighbours: what a read of them would decide */
 };
 
@@ -381,7 +385,8 @@ static bool page_take(struct uvm_region *r, uint64_t index)
 {
 	if (!fills_private(r))
 		return atomic_load(&r->ptes[index]) != UVM_PTE_POISONED &&
-		       uvm_folio_move(r->cache, r->pgoff + index, UVM_FOLIO_ABSENT, UVM_FOLIO_FILLING);
+		       uvm_folio_move(r->cache, r->pgoff + index, UVM_FOLIO_ABSENT,
+				      UVM_FOLIO_FILLING);
 	uint8_t none = UVM_PTE_NONE;
 	bool taken = atomic_compare_exchange_strong(&r->ptes[index], &none, UVM_PTE_BUSY);
 	if (taken && r->touched)
@@ -415,7 +420,8 @@ static void window_release(struct uvm_region *r, struct uvm_cache *c, uint64_t p
 	uint64_t released = 0;
 	for (uint64_t i = index; i < index + nr_pages; i++) {
 		if (!private) {
-			released += uvm_folio_move(c, pgoff + i, UVM_FOLIO_FILLING, UVM_FOLIO_ABSENT);
+			released +=
+				uvm_folio_move(c, pgoff + i, UVM_FOLIO_FILLING, UVM_FOLIO_ABSENT);
 		} else if (r) {
 			uint8_t busy = UVM_PTE_BUSY;
 			atomic_compare_exchange_strong(&r->ptes[i], &busy, UVM_PTE_NONE);
@@ -499,8 +505,8 @@ static uint64_t finish_run(const struct uvm_commit *a, uint64_t index, uint64_t 
 
 /* Commits a window that was read into buf. Returns pages done; demand_ok says whether the demanded
  * page is among them. */
-static uint64_t window_commit(struct uvm_region *r, const struct window *w,
-			      const uint8_t *buf, int uffd, struct uvm_commit_end *end, bool *demand_ok)
+static uint64_t window_commit(struct uvm_region *r, const struct window *w, const uint8_t *buf,
+			      int uffd, struct uvm_commit_end *end, bool *demand_ok)
 {
 	struct uvm_commit around = {r, uffd, w->around->commit, buf, w->index};
 	uint64_t addr = uvm_region_addr(r, w->index), stop = w->index + w->nr_pages, done = 0;
@@ -542,7 +548,8 @@ static bool worth_retry(int rc)
 
 /* Reads the window's pages. With x->may_block the region is let go of meanwhile: nothing of it may be
  * used before it was found again. -EAGAIN: a thread that may block has to do it. */
-static int window_read(struct uvm_executor *x, struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+static int window_read(struct uvm_executor *x, struct uvm_cache *c, uint64_t index,
+		       uint64_t nr_pages)
 {
 	int rc = uvm_cache_read(c, index, nr_pages, x->buf, !x->may_block);
 	for (int i = 1; x->may_block && worth_retry(rc) && i < READ_TRIES; i++) {
@@ -555,8 +562,9 @@ static int window_read(struct uvm_executor *x, struct uvm_cache *c, uint64_t ind
 /* Fills one window: take, charge, read, commit, publish. *region may come back NULL (closed meanwhile).
  * Returns pages done, 0 if the first page was not there to take, or -errno:
  * -EAGAIN a blocking thread must do it, -ESTALE... the file changed, -EBADF the region is gone. */
-static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f, struct uvm_region **region,
-			   struct window *w, struct uvm_commit_end *end, bool *demand_ok)
+static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f,
+			   struct uvm_region **region, struct window *w, struct uvm_commit_end *end,
+			   bool *demand_ok)
 {
 	struct uvm_region *r = *region;
 	struct uvm_cache *c = r->cache;
@@ -592,7 +600,8 @@ static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f, st
 		if (!private)
 			uvm_cache_note_extent(c, pgoff + w->index, w->nr_pages);
 		uvm_count(r, UVM_COUNTER_BYTES_READ, w->nr_pages << UVM_PAGE_SHIFT);
-		uvm_unpark_range(r, w->index, w->nr_pages, w->row ? w->row->result : UVM_VM_FAULT_MAJOR, f);
+		uvm_unpark_range(r, w->index, w->nr_pages,
+				 w->row ? w->row->result : UVM_VM_FAULT_MAJOR, f);
 	}
 	uvm_cache_unref(c);
 	return done;
@@ -673,7 +682,8 @@ static uint32_t act_read_folio(struct vm_fault *v)
 	w.around = around_row(v->region);
 	int64_t done = fill_window(v->x, v->f, &v->region, &w, &end, &demand_ok);
 	if (!v->region)
-		return wake(v); /* X-GONE: closed while we read, so nobody else will wake this thread */
+		return wake(
+			v); /* X-GONE: closed while we read, so nobody else will wake this thread */
 	if (done < 0 && done != -EAGAIN && done != -EBADF && w.nr_pages > 1) {
 		/* The page itself may be good where a neighbour is not. */
 		w.index = v->index;
@@ -772,7 +782,8 @@ uint32_t uvm_handle_mm_fault(struct uvm_executor *x, struct uvm_fault *f)
 		if (restarts == MAX_RESTARTS && v.region) { /* cannot be; never spin for ever */
 			result = fail_page(&v, ENOTRECOVERABLE, UVM_VM_FAULT_SIGBUS);
 		} else {
-			action_fn act = actions[v.row->action] ? actions[v.row->action] : act_refuse;
+			action_fn act =
+				actions[v.row->action] ? actions[v.row->action] : act_refuse;
 			if (!v.region && v.row->action != UVM_ACTION_UNREGISTER_STRAY)
 				act = act_wake;
 			result = act(&v);
@@ -793,10 +804,12 @@ uint32_t uvm_handle_mm_fault(struct uvm_executor *x, struct uvm_fault *f)
 }
 
 /* ---- ahead of faults ----------------------------------------------------------------------------------------- */
-static int fill_anonymous(struct uvm_executor *x, struct uvm_region *r, uint64_t index, uint64_t *done)
+static int fill_anonymous(struct uvm_executor *x, struct uvm_region *r, uint64_t index,
+			  uint64_t *done)
 {
 	/* As a read of each page would: one commit a run of holes. */
-	const struct uvm_row *row = uvm_decide(UVM_KIND_MISSING, 0, r->backing, UVM_PTE_NONE, r->flags);
+	const struct uvm_row *row =
+		uvm_decide(UVM_KIND_MISSING, 0, r->backing, UVM_PTE_NONE, r->flags);
 	struct uvm_commit a = {r, uvm_service_uffd(r->service), row->commit, x->buf, index};
 	struct uvm_commit_end end;
 	uint64_t addr = uvm_region_addr(r, index), n = 0;
@@ -813,8 +826,8 @@ static int fill_anonymous(struct uvm_executor *x, struct uvm_region *r, uint64_t
 	uvm_set_ptes(r, index, got, row->next_pte);
 	if (got < n && end.settlement == UVM_SETTLEMENT_VERIFY) {
 		int truth = uvm_kernel_truth(r, index + got);
-		const struct uvm_settled *s =
-			uvm_settle_truth(row->commit, truth < 0 ? UVM_TRUTH_PRESENT : truth, r->backing);
+		const struct uvm_settled *s = uvm_settle_truth(
+			row->commit, truth < 0 ? UVM_TRUTH_PRESENT : truth, r->backing);
 		if (s->row != 0xff && uvm_row(s->row)->next_pte != UVM_PTE_KEEP)
 			uvm_set_pte(r, index + got, uvm_row(s->row)->next_pte);
 		got++; /* a marker: the next touch decides on it */
@@ -848,7 +861,8 @@ int64_t uvm_fill_range(struct uvm_executor *x, struct uvm_region **region, uint6
 		memset(x->buf, 0, UVM_BUFFER_BYTES);
 	while (index < end_index && *region) {
 		struct uvm_region *r = *region;
-		struct window w = {.index = index, .nr_pages = end_index - index, .demand = UVM_NO_INDEX};
+		struct window w = {
+			.index = index, .nr_pages = end_index - index, .demand = UVM_NO_INDEX};
 		if (atomic_load(&r->state) != UVM_REGION_LIVE)
 			break;
 		window_clamp(r, index, &w);
@@ -920,8 +934,8 @@ void uvm_executor_init(struct uvm_executor *x, bool may_block, int service)
 	x->may_block = may_block;
 	x->service = service;
 	x->buf = NULL;
-	if (sys_mmap(0, UVM_BUFFER_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0,
-		     &p) == 0)
+	if (sys_mmap(0, UVM_BUFFER_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		     0, &p) == 0)
 		x->buf = (void *)(uintptr_t)p;
 }
 

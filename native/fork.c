@@ -16,8 +16,9 @@ static void child_region(struct uvm_region *r, void *arg)
 	if (rc == 0)
 		rc = uvm_region_child(r);
 	if (rc < 0) {
-		static const char text[] = "uffd_vm: a region could not be served in a forked child "
-					   "and was made inaccessible there\n";
+		static const char text[] =
+			"uffd_vm: a region could not be served in a forked child "
+			"and was made inaccessible there\n";
 		(void)!write(STDERR_FILENO, text, sizeof text - 1);
 		(void)mprotect((void *)(uintptr_t)r->start, r->len, PROT_NONE);
 	}

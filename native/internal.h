@@ -72,7 +72,7 @@ struct uvm_extent {
 /* In the control memfd, behind struct uvm_cache_ctl. */
 struct uvm_cache_shared {
 	struct uvm_cache_ctl ctl;
-	pthread_mutex_t fifo_lock; /* process-shared, robust */
+	pthread_mutex_t fifo_lock;                /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
 	pthread_mutex_t wb_lock; /* as fifo_lock: one write-back of this cache at a time */
 	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
@@ -95,7 +95,7 @@ struct uvm_cache {
 	 * private mappings, where UFFDIO_COPY would make anonymous pages instead. */
 	uint64_t alias[3];
 	uint64_t alias_epoch[3]; /* of the uffd it is registered with */
-	uint32_t owner; /* slot | epoch << 8 of this process */
+	uint32_t owner;          /* slot | epoch << 8 of this process */
 	_Atomic uint64_t seen_wb_err;
 	_Atomic int reclaiming;
 };
@@ -152,7 +152,7 @@ struct uvm_region {
 	struct uvm_region_ctl *ctl;
 	_Atomic uint8_t *ptes;
 	size_t ctl_bytes;
-	int ctl_fd; /* -1: private memory */
+	int ctl_fd;               /* -1: private memory */
 	_Atomic uint8_t *touched; /* one byte per UVM_PAGE of ptes: something was ever set there */
 
 	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
@@ -199,10 +199,10 @@ uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index);
 void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsigned to);
 
 /* ---- the services' uffds ------------------------------------------------------------------------- */
-int uvm_service_uffd(int service); /* -1: not started */
+int uvm_service_uffd(int service);       /* -1: not started */
 uint64_t uvm_service_epoch(int service); /* counts its uffds */
-int uvm_service_start(int service); /* space.mutex held; counts users */
-void uvm_service_stop(int service); /* space.mutex held */
+int uvm_service_start(int service);      /* space.mutex held; counts users */
+void uvm_service_stop(int service);      /* space.mutex held */
 /* Around fork: prepare holds the queue still; in the child there is no thread of ours any more, so the
  * uffds are made first, then (when the regions are registered again) the threads. */
 void uvm_service_prepare(void);

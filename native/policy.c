@@ -19,8 +19,7 @@ const struct uvm_row *uvm_decide(int kind, int access, int backing, int pte, uns
 
 const struct uvm_settled *uvm_settlement(int commit, int errno_class)
 {
-	return (const struct uvm_settled *)(const void *)uvm_settle + commit * 17 +
-	       errno_class;
+	return (const struct uvm_settled *)(const void *)uvm_settle + commit * 17 + errno_class;
 }
 
 const struct uvm_settled *uvm_settle_truth(int commit, int truth, int backing)
@@ -69,10 +68,9 @@ const uint8_t *uvm_table(int which, uint64_t *len)
 		const void *data;
 		uint64_t len;
 	} tables[] = {
-		{uvm_cells, sizeof uvm_cells},		     {uvm_admit, sizeof uvm_admit},
-		{uvm_rows, sizeof uvm_rows},		     {uvm_settle, sizeof uvm_settle},
-		{uvm_legal_pte, sizeof uvm_legal_pte},
-		{uvm_truth, sizeof uvm_truth},
+		{uvm_cells, sizeof uvm_cells},         {uvm_admit, sizeof uvm_admit},
+		{uvm_rows, sizeof uvm_rows},           {uvm_settle, sizeof uvm_settle},
+		{uvm_legal_pte, sizeof uvm_legal_pte}, {uvm_truth, sizeof uvm_truth},
 	};
 	if (which < 0 || which >= (int)(sizeof tables / sizeof tables[0]))
 		return NULL;

@@ -19,8 +19,9 @@ static struct uvm_region *slots;
 static struct span *spans;
 static _Atomic uint32_t nr_spans;
 static _Atomic uint32_t spans_seq; /* odd while the array changes */
-static uint32_t nr_slots;	   /* high-water mark */
-static pthread_mutex_t spans_lock = PTHREAD_MUTEX_INITIALIZER; /* writers, and whoever walks the list */
+static uint32_t nr_slots;          /* high-water mark */
+static pthread_mutex_t spans_lock =
+	PTHREAD_MUTEX_INITIALIZER; /* writers, and whoever walks the list */
 static pthread_mutex_t ptls[UVM_PTL_SHARDS];
 
 #define MADV_OR_IGNORE(addr, len, advice) ((void)sys_madvise(addr, len, advice))
@@ -66,7 +67,8 @@ struct uvm_region *uvm_region_find(uint64_t address)
 		}
 		bool hit = lo < atomic_load_explicit(&nr_spans, memory_order_relaxed) &&
 			   atomic_load_explicit(&spans[lo].start, memory_order_relaxed) <= address;
-		uint32_t slot = hit ? atomic_load_explicit(&spans[lo].slot, memory_order_relaxed) : 0;
+		uint32_t slot =
+			hit ? atomic_load_explicit(&spans[lo].slot, memory_order_relaxed) : 0;
 		atomic_thread_fence(memory_order_acquire);
 		if (atomic_load_explicit(&spans_seq, memory_order_relaxed) != seq)
 			continue;
@@ -221,8 +223,9 @@ int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
 	if (shadow == UVM_PTE_GUARD)
 		return UVM_TRUTH_GUARDED;
 	if (wp) /* a shared page that is swapped out leaves no entry but the marker */
-		return pte_present(shadow) && r->backing != UVM_BACKING_SHARED_FILE ? UVM_TRUTH_PRESENT_WP
-										    : UVM_TRUTH_MARKER;
+		return pte_present(shadow) && r->backing != UVM_BACKING_SHARED_FILE
+			       ? UVM_TRUTH_PRESENT_WP
+			       : UVM_TRUTH_MARKER;
 	return UVM_TRUTH_PRESENT;
 }
 
@@ -232,7 +235,8 @@ static int ctl_map(struct uvm_region *r)
 	uint64_t p;
 	int rc, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, fd = -1;
 
-	r->ctl_bytes = UVM_REGION_CTL_BYTES + ((r->nr_pages + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1));
+	r->ctl_bytes =
+		UVM_REGION_CTL_BYTES + ((r->nr_pages + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1));
 	r->touched = NULL;
 	if (r->service == UVM_SERVICE_PYTHON) { /* two processes read and write it */
 		fd = sys_memfd_create("uffd_vm-region");
@@ -246,7 +250,8 @@ static int ctl_map(struct uvm_region *r)
 		flags = MAP_SHARED;
 	} else {
 		/* mmap, not calloc: a 1 TiB region's summary is touched as it is needed. */
-		rc = sys_mmap(0, r->nr_pages / UVM_PAGE + 1, PROT_READ | PROT_WRITE, flags, -1, 0, &p);
+		rc = sys_mmap(0, r->nr_pages / UVM_PAGE + 1, PROT_READ | PROT_WRITE, flags, -1, 0,
+			      &p);
 		if (rc < 0)
 			return rc;
 		r->touched = (void *)(uintptr_t)p;
@@ -299,9 +304,11 @@ static uint32_t span_place(uint64_t address)
 
 static void span_copy(uint32_t to, uint32_t from)
 {
-	atomic_store_explicit(&spans[to].start, atomic_load(&spans[from].start), memory_order_relaxed);
+	atomic_store_explicit(&spans[to].start, atomic_load(&spans[from].start),
+			      memory_order_relaxed);
 	atomic_store_explicit(&spans[to].end, atomic_load(&spans[from].end), memory_order_relaxed);
-	atomic_store_explicit(&spans[to].slot, atomic_load(&spans[from].slot), memory_order_relaxed);
+	atomic_store_explicit(&spans[to].slot, atomic_load(&spans[from].slot),
+			      memory_order_relaxed);
 }
 
 static void span_insert(struct uvm_region *r)
@@ -413,11 +420,13 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	r->on_error = a->on_error;
 	r->flags = (unsigned)a->flags;
 	if (r->backing == UVM_BACKING_SHARED_FILE && r->writable)
-		r->flags |= UVM_FLAG_TRACKED; /* dirty pages are found by write-protection, always */
+		r->flags |=
+			UVM_FLAG_TRACKED; /* dirty pages are found by write-protection, always */
 	r->register_mode = register_mode(r);
-	r->fault_around_pages = a->fault_around_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES
-								       : a->fault_around_pages;
-	r->readahead_pages = a->readahead_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->readahead_pages;
+	r->fault_around_pages =
+		a->fault_around_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->fault_around_pages;
+	r->readahead_pages =
+		a->readahead_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->readahead_pages;
 	r->deadline_ns = a->deadline_ns;
 	atomic_store(&r->ra_next, UVM_NO_INDEX);
 	atomic_store(&r->ra_async_end, 0);
@@ -448,7 +457,8 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 		if (rc < 0)
 			goto stop;
 	}
-	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode, NULL);
+	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode,
+			       NULL);
 	if (rc < 0)
 		goto stop;
 	if (c)
@@ -546,15 +556,19 @@ int uvm_region_close_end(int64_t handle)
  * of what was ever written. */
 static int ctl_child_copy(struct uvm_region *r)
 {
-	struct uvm_region old = {.ctl = r->ctl, .ptes = r->ptes, .ctl_bytes = r->ctl_bytes,
-				 .ctl_fd = r->ctl_fd, .nr_pages = r->nr_pages};
+	struct uvm_region old = {.ctl = r->ctl,
+				 .ptes = r->ptes,
+				 .ctl_bytes = r->ctl_bytes,
+				 .ctl_fd = r->ctl_fd,
+				 .nr_pages = r->nr_pages};
 	r->service = UVM_SERVICE_NATIVE;
 	int rc = ctl_map(r);
 	if (rc < 0)
 		return rc;
 	memcpy(r->ctl, old.ctl, sizeof *r->ctl);
 	r->ctl->nr_present = 0;
-	for (uint64_t i = uvm_next_touched(&old, 0); i < r->nr_pages; i = uvm_next_touched(&old, i + 1)) {
+	for (uint64_t i = uvm_next_touched(&old, 0); i < r->nr_pages;
+	     i = uvm_next_touched(&old, i + 1)) {
 		unsigned pte = atomic_load(&old.ptes[i]);
 		if (pte != UVM_PTE_NONE && pte != UVM_PTE_BUSY)
 			uvm_set_pte(r, i, pte);
@@ -573,10 +587,9 @@ static int rearm(struct uvm_region *r)
 		if (pte == UVM_PTE_WRITE_PROTECTED || pte == UVM_PTE_ZERO_WP) {
 			while (run < r->nr_pages && atomic_load(&r->ptes[run]) == pte)
 				run++;
-			int rc = sys_uffd_writeprotect(uvm_service_uffd(r->service),
-						       uvm_region_addr(r, i),
-						       (run - i) << UVM_PAGE_SHIFT,
-						       UFFDIO_WRITEPROTECT_MODE_WP);
+			int rc = sys_uffd_writeprotect(
+				uvm_service_uffd(r->service), uvm_region_addr(r, i),
+				(run - i) << UVM_PAGE_SHIFT, UFFDIO_WRITEPROTECT_MODE_WP);
 			if (rc < 0)
 				return rc;
 		} else if (pte == UVM_PTE_BUSY) {
@@ -605,15 +618,17 @@ int uvm_region_child(struct uvm_region *r)
 		rc = uvm_service_child_move(UVM_SERVICE_PYTHON, UVM_SERVICE_NATIVE);
 		if (rc == 0)
 			rc = ctl_child_copy(r);
-		if (rc == 0 && r->backing == UVM_BACKING_PRIVATE_FILE && !(r->flags & UVM_FLAG_TRACKED))
+		if (rc == 0 && r->backing == UVM_BACKING_PRIVATE_FILE &&
+		    !(r->flags & UVM_FLAG_TRACKED))
 			rc = uvm_cache_alias(r->cache, UVM_SERVICE_NATIVE);
 		if (rc < 0)
 			return rc;
 	}
 	if (shared) {
 		/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
-		rc = sys_mmap(r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
-			      r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
+		rc = sys_mmap(r->start, r->len, r->prot,
+			      MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE, r->cache->data_fd,
+			      (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
 		if (rc < 0)
 			return rc;
 		MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
@@ -624,7 +639,8 @@ int uvm_region_child(struct uvm_region *r)
 		     i = uvm_next_touched(r, i + 1))
 			uvm_set_pte(r, i, UVM_PTE_NONE);
 	}
-	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode, NULL);
+	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode,
+			       NULL);
 	if (rc == 0 && !shared)
 		rc = rearm(r);
 	return rc;

@@ -86,7 +86,8 @@ void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 		    f->access == 0) {
 			uint64_t waited = sys_now_ns() - f->t_ns;
 			if (!own || !same_fault(f, own)) {
-				uvm_mm_account_fault(r, result & ~(uint32_t)UVM_VM_FAULT_RETRY, true);
+				uvm_mm_account_fault(r, result & ~(uint32_t)UVM_VM_FAULT_RETRY,
+						     true);
 				__atomic_fetch_add(&r->ctl->latency[uvm_latency_bucket(waited)], 1,
 						   __ATOMIC_RELAXED);
 			}
@@ -250,7 +251,9 @@ static void *worker_main(void *arg)
 	uvm_executor_init(&x, true, UVM_SERVICE_NATIVE);
 	pthread_mutex_lock(&queue_lock);
 	while (!workers_stop) {
-		int which = queue_head[0] != queue_tail[0] ? 0 : queue_head[1] != queue_tail[1] ? 1 : -1;
+		int which = queue_head[0] != queue_tail[0]   ? 0
+			    : queue_head[1] != queue_tail[1] ? 1
+							     : -1;
 		if (which < 0 || !x.buf) {
 			pthread_cond_wait(&queue_cond, &queue_lock);
 			continue;
@@ -296,9 +299,9 @@ static void workers_end(void)
 
 /* ---- the fault thread ------------------------------------------------------------------------------------ */
 struct follower {
-	cpu_set_t home;	 /* the mask we started with */
-	int pinned;	 /* CPU we follow a toucher to, -1 */
-	int seen;	 /* last answer: one CPU, or -1 */
+	cpu_set_t home; /* the mask we started with */
+	int pinned;     /* CPU we follow a toucher to, -1 */
+	int seen;       /* last answer: one CPU, or -1 */
 	unsigned faults;
 };
 
@@ -337,7 +340,7 @@ static void serve_message(struct uvm_executor *x, const struct uffd_msg *m, uint
 		.address = m->arg.pagefault.address & ~(uint64_t)(UVM_PAGE - 1),
 		.t_ns = now,
 		.tid = m->arg.pagefault.feat.ptid,
-		.kind = bits & UFFD_PAGEFAULT_FLAG_WP	   ? UVM_KIND_WP
+		.kind = bits & UFFD_PAGEFAULT_FLAG_WP      ? UVM_KIND_WP
 			: bits & UFFD_PAGEFAULT_FLAG_MINOR ? UVM_KIND_MINOR
 							   : UVM_KIND_MISSING,
 		.access = bits & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP) ? 1 : 0,
@@ -465,7 +468,8 @@ int uvm_inline_fault(uint64_t address, int si_code, bool write)
 		       entry == UVM_PTE_PRESENT || entry == UVM_PTE_ZERO;
 	if (r->register_mode & UFFDIO_REGISTER_MODE_MINOR) {
 		if (flags & UVM_FLAG_CACHED)
-			kind = write && present && uvm_kernel_truth(r, index) == UVM_TRUTH_PRESENT_WP
+			kind = write && present &&
+					       uvm_kernel_truth(r, index) == UVM_TRUTH_PRESENT_WP
 				       ? UVM_KIND_WP
 				       : UVM_KIND_MINOR;
 	} else if (write && present && r->register_mode & UFFDIO_REGISTER_MODE_WP) {
@@ -546,9 +550,9 @@ static int threads_start(int service)
 			atomic_store(&inline_busy[i], 0);
 		}
 	if (rc == 0)
-		rc = -pthread_create(&s->thread, NULL,
-				     service == UVM_SERVICE_INLINE ? inline_events_main : fault_main,
-				     NULL);
+		rc = -pthread_create(
+			&s->thread, NULL,
+			service == UVM_SERVICE_INLINE ? inline_events_main : fault_main, NULL);
 	s->has_thread = rc == 0;
 	return rc;
 }

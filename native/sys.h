@@ -138,8 +138,8 @@ static inline struct uvm_done uvm_done_make(int rc, int64_t out)
 static inline struct uvm_done sys_uffd_copy(int fd, uint64_t dst, uint64_t src, uint64_t len,
 					    uint64_t mode)
 {
-	struct uffdio_copy c = {.dst = dst, .src = src, .len = len, .mode = mode,
-				.copy = UVM_DONE_UNTOUCHED};
+	struct uffdio_copy c = {
+		.dst = dst, .src = src, .len = len, .mode = mode, .copy = UVM_DONE_UNTOUCHED};
 	UVM_SYS_INJECT_DONE(UVM_OP_COPY);
 	int rc = ioctl(fd, UFFDIO_COPY, &c);
 	return uvm_done_make(rc, c.copy);
@@ -147,8 +147,8 @@ static inline struct uvm_done sys_uffd_copy(int fd, uint64_t dst, uint64_t src, 
 
 static inline struct uvm_done sys_uffd_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
-	struct uffdio_zeropage z = {.range = {start, len}, .mode = mode,
-				    .zeropage = UVM_DONE_UNTOUCHED};
+	struct uffdio_zeropage z = {
+		.range = {start, len}, .mode = mode, .zeropage = UVM_DONE_UNTOUCHED};
 	UVM_SYS_INJECT_DONE(UVM_OP_ZEROPAGE);
 	int rc = ioctl(fd, UFFDIO_ZEROPAGE, &z);
 	return uvm_done_make(rc, z.zeropage);
@@ -156,8 +156,8 @@ static inline struct uvm_done sys_uffd_zeropage(int fd, uint64_t start, uint64_t
 
 static inline struct uvm_done sys_uffd_continue(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
-	struct uffdio_continue c = {.range = {start, len}, .mode = mode,
-				    .mapped = UVM_DONE_UNTOUCHED};
+	struct uffdio_continue c = {
+		.range = {start, len}, .mode = mode, .mapped = UVM_DONE_UNTOUCHED};
 	UVM_SYS_INJECT_DONE(UVM_OP_CONTINUE);
 	int rc = ioctl(fd, UFFDIO_CONTINUE, &c);
 	return uvm_done_make(rc, c.mapped);
@@ -165,8 +165,8 @@ static inline struct uvm_done sys_uffd_continue(int fd, uint64_t start, uint64_t
 
 static inline struct uvm_done sys_uffd_poison(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
-	struct uvm_uffdio_poison p = {.start = start, .len = len, .mode = mode,
-				      .updated = UVM_DONE_UNTOUCHED};
+	struct uvm_uffdio_poison p = {
+		.start = start, .len = len, .mode = mode, .updated = UVM_DONE_UNTOUCHED};
 	UVM_SYS_INJECT_DONE(UVM_OP_POISON);
 	int rc = ioctl(fd, UVM_UFFDIO_POISON, &p);
 	return uvm_done_make(rc, p.updated);
@@ -175,8 +175,8 @@ static inline struct uvm_done sys_uffd_poison(int fd, uint64_t start, uint64_t l
 static inline struct uvm_done sys_uffd_move(int fd, uint64_t dst, uint64_t src, uint64_t len,
 					    uint64_t mode)
 {
-	struct uvm_uffdio_move m = {.dst = dst, .src = src, .len = len, .mode = mode,
-				    .move = UVM_DONE_UNTOUCHED};
+	struct uvm_uffdio_move m = {
+		.dst = dst, .src = src, .len = len, .mode = mode, .move = UVM_DONE_UNTOUCHED};
 	UVM_SYS_INJECT_DONE(UVM_OP_MOVE);
 	int rc = ioctl(fd, UVM_UFFDIO_MOVE, &m);
 	return uvm_done_make(rc, m.move);

@@ -49,8 +49,8 @@ void uvm_inject_clear(void);
 uint64_t uvm_inject_calls(int op); /* calls of op seen since uvm_inject() armed it */
 
 /* ---- the kernel face, one call each: used by uffd_vm/kernel and the Python fault service -------- */
-int uvm_userfaultfd(int flags);                 /* the syscall */
-int uvm_uffd_from_device(int flags);            /* /dev/userfaultfd */
+int uvm_userfaultfd(int flags);      /* the syscall */
+int uvm_uffd_from_device(int flags); /* /dev/userfaultfd */
 int uvm_uffd_api(int fd, uint64_t *features, uint64_t *ioctls);
 int uvm_uffd_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls);
 int uvm_uffd_unregister(int fd, uint64_t start, uint64_t len);
@@ -90,22 +90,19 @@ struct uvm_trace_record {
 	uint8_t settlement, tries;
 };
 
-enum {
-	UVM_TRACE_RECORDS = 1024,
-	UVM_LATENCY_BUCKETS = 512,
-	UVM_MAX_COUNTERS = 64
-};
+enum { UVM_TRACE_RECORDS = 1024, UVM_LATENCY_BUCKETS = 512, UVM_MAX_COUNTERS = 64 };
 
 /* What a region's executor publishes and the owner reads: counters, latency, trace. The page-table
  * bytes follow at offset UVM_REGION_CTL_BYTES. For service="python" this lies in a memfd that both
  * processes map; else it is private memory, of which a forked child has its own copy. */
 struct uvm_region_ctl {
 	uint64_t counters[64];
-	uint64_t nr_present;      /* pages with pte PRESENT, WRITE_PROTECTED, ZERO*: this address space */
-	uint64_t trace_head;      /* records written so far */
-	uint32_t latency[512];    /* log-linear, see uvm_latency_bucket() */
+	uint64_t
+		nr_present; /* pages with pte PRESENT, WRITE_PROTECTED, ZERO*: this address space */
+	uint64_t trace_head;   /* records written so far */
+	uint32_t latency[512]; /* log-linear, see uvm_latency_bucket() */
 	struct uvm_trace_record trace[1024];
-	uint64_t advice;          /* enum uvm_advice: how far its executor reads ahead */
+	uint64_t advice; /* enum uvm_advice: how far its executor reads ahead */
 };
 enum { UVM_REGION_CTL_BYTES = 98304 };
 
@@ -113,12 +110,12 @@ enum { UVM_REGION_CTL_BYTES = 98304 };
  * UVM_CACHE_CTL_BYTES: one uint32_t a page, state | owner << 8 (owner: slot | epoch << 8). */
 struct uvm_cache_ctl {
 	uint64_t nr_pages;
-	uint64_t size;       /* bytes of the file when it was mapped */
-	int64_t mtime_ns;    /* of the version mapped; our own write-back moves it on */
+	uint64_t size;    /* bytes of the file when it was mapped */
+	int64_t mtime_ns; /* of the version mapped; our own write-back moves it on */
 	uint64_t cap_pages;
-	uint64_t nr_used;    /* pages charged: FILLING, UPTODATE, DIRTY, WRITEBACK */
+	uint64_t nr_used; /* pages charged: FILLING, UPTODATE, DIRTY, WRITEBACK */
 	uint64_t nr_dirty;
-	uint64_t nr_peak;    /* highest nr_used seen */
+	uint64_t nr_peak;     /* highest nr_used seen */
 	uint64_t nr_attached; /* processes that fill it: the owner and its forked children */
 	uint64_t wb_err_seq; /* counts failed write-backs (errseq_t): each flusher sees each once */
 	int64_t wb_err;      /* errno of the last one */
@@ -128,9 +125,10 @@ enum { UVM_CACHE_CTL_BYTES = 65536 };
 /* ---- page caches ------------------------------------------------------------------------------ */
 /* Makes a cache over an open regular file of `size` bytes. Takes ownership of neither fd: it dups
  * file_fd. Returns a cache id. */
-int uvm_cache_create(int file_fd, uint64_t size, int64_t mtime_ns, uint64_t cap_bytes, int writable);
-int uvm_cache_put(int cache);       /* drops the creator's reference; freed with its last region */
-int uvm_cache_data_fd(int cache);   /* the memfd that regions map; owned by the cache */
+int uvm_cache_create(int file_fd, uint64_t size, int64_t mtime_ns, uint64_t cap_bytes,
+		     int writable);
+int uvm_cache_put(int cache);     /* drops the creator's reference; freed with its last region */
+int uvm_cache_data_fd(int cache); /* the memfd that regions map; owned by the cache */
 int uvm_cache_ctl_fd(int cache);
 int uvm_cache_file_fd(int cache);
 struct uvm_cache_ctl *uvm_cache_ctl(int cache);
@@ -142,17 +140,17 @@ enum uvm_on_error { UVM_ON_ERROR_RAISE, UVM_ON_ERROR_SIGBUS };
 enum uvm_advice { UVM_ADVICE_NORMAL, UVM_ADVICE_SEQUENTIAL, UVM_ADVICE_RANDOM };
 
 struct uvm_region_args {
-	uint64_t start, len;  /* an existing mapping, page-aligned */
-	uint64_t pgoff;       /* of its first page in the cache */
-	int backing;          /* Backing */
-	int service;          /* enum uvm_service_kind */
-	int cache;            /* cache id, -1 for anonymous memory */
-	int writable;         /* stores are allowed */
-	int flags;            /* FaultFlag of every fault here: TRACKED, HOOK */
-	int on_error;         /* enum uvm_on_error */
+	uint64_t start, len;         /* an existing mapping, page-aligned */
+	uint64_t pgoff;              /* of its first page in the cache */
+	int backing;                 /* Backing */
+	int service;                 /* enum uvm_service_kind */
+	int cache;                   /* cache id, -1 for anonymous memory */
+	int writable;                /* stores are allowed */
+	int flags;                   /* FaultFlag of every fault here: TRACKED, HOOK */
+	int on_error;                /* enum uvm_on_error */
 	uint32_t fault_around_pages; /* 1 = off; a power of two */
 	uint32_t readahead_pages;    /* 0 = off; largest window */
-	uint64_t deadline_ns; /* a fault older than this is poisoned */
+	uint64_t deadline_ns;        /* a fault older than this is poisoned */
 };
 
 int64_t uvm_region_create(const struct uvm_region_args *args); /* handle */
@@ -163,7 +161,7 @@ int uvm_region_close_abort(int64_t region);
 int uvm_region_close_end(int64_t region);
 struct uvm_region_ctl *uvm_region_ctl(int64_t region); /* NULL if stale */
 uint8_t *uvm_region_ptes(int64_t region);
-int uvm_region_check(int64_t region);  /* 0, -ESTALE */
+int uvm_region_check(int64_t region); /* 0, -ESTALE */
 /* Waits (20 ms at most) for executors that are inside the region. A commit wakes the toucher before the
  * executor has counted and traced the fault: after this call the toucher's own faults are counted. */
 int uvm_region_settle(int64_t region);
@@ -172,7 +170,8 @@ int uvm_region_advise(int64_t region, int advice);
 /* Synchronous work of the calling thread on pages [index, index + nr_pages): no fault is taken.
  * On failure *failed_index tells which page. */
 int uvm_region_load(int64_t region, uint64_t index, uint64_t nr_pages, uint64_t *failed_index);
-int uvm_region_prefetch(int64_t region, uint64_t index, uint64_t nr_pages); /* queued; -EAGAIN: queue full */
+int uvm_region_prefetch(int64_t region, uint64_t index,
+			uint64_t nr_pages); /* queued; -EAGAIN: queue full */
 int64_t uvm_region_evict(int64_t region, uint64_t index, uint64_t nr_pages); /* pages given back */
 int uvm_region_flush(int64_t region, uint64_t index, uint64_t nr_pages);     /* durable on return */
 int64_t uvm_region_protect(int64_t region, uint64_t index, uint64_t nr_pages); /* pages armed */
@@ -183,10 +182,10 @@ int64_t uvm_region_resident(int64_t region); /* pages that take memory for this 
 /* ---- failure ---------------------------------------------------------------------------------- */
 enum uvm_failure_kind {
 	UVM_FAILURE_NONE,
-	UVM_FAILURE_SOURCE,    /* the source said an errno */
-	UVM_FAILURE_TIMEOUT,   /* the region's deadline passed */
-	UVM_FAILURE_CHANGED,   /* size or mtime of the file is not what was mapped */
-	UVM_FAILURE_PAGER,     /* the serving process died */
+	UVM_FAILURE_SOURCE,  /* the source said an errno */
+	UVM_FAILURE_TIMEOUT, /* the region's deadline passed */
+	UVM_FAILURE_CHANGED, /* size or mtime of the file is not what was mapped */
+	UVM_FAILURE_PAGER,   /* the serving process died */
 	UVM_FAILURE_OOM,
 	UVM_FAILURE_BUG,       /* a decision that no executor can carry out */
 	UVM_FAILURE_INTERRUPT, /* Ctrl-C while waiting: no exception of ours is set */
@@ -247,7 +246,7 @@ struct uvm_config {
 	int uffd_flags;         /* O_CLOEXEC | O_NONBLOCK [| UFFD_USER_MODE_ONLY] */
 	int uffd_from_device;   /* open through /dev/userfaultfd */
 	int nr_workers;
-	uint64_t spin_ns;       /* how long the fault thread looks for the next fault before it sleeps */
+	uint64_t spin_ns; /* how long the fault thread looks for the next fault before it sleeps */
 };
 int uvm_configure(const struct uvm_config *config);
 struct uvm_process_stats {
@@ -256,7 +255,8 @@ struct uvm_process_stats {
 void uvm_process_stats(struct uvm_process_stats *out);
 
 /* ---- the compiled policy, for tests and for uffd-vm table -------------------------------------- */
-const uint8_t *uvm_table(int which, uint64_t *len); /* 0 cells 1 admit 2 rows 3 settle 4 legal_pte */
+const uint8_t *uvm_table(int which,
+			 uint64_t *len); /* 0 cells 1 admit 2 rows 3 settle 4 legal_pte */
 
 /* cdef end */
 

@@ -320,7 +320,9 @@ class LibraryFeature:
         return not self.needs & ~features and (pagemap_scan or not self.needs_pagemap_scan)
 
 
-_FAILABLE = Feature.POISON | Feature.EVENT_REMAP  # a page that cannot be had is marked, then shown again
+_FAILABLE = (
+    Feature.POISON | Feature.EVENT_REMAP
+)  # a page that cannot be had is marked, then shown again
 
 LIBRARY_FEATURES: tuple[LibraryFeature, ...] = (
     LibraryFeature(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from uffd_vm.config import Options, config, parse_size
-from uffd_vm.errors import FeatureUnavailable, InvalidArgument, SourceChanged, UffdVmError
+from uffd_vm.errors import FeatureUnavailable, InvalidArgument, SourceChanged
 from uffd_vm.fault.fault import Backing, FaultFlag, FaultKind
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.table import reachable_states, unexecutable

@@ -123,6 +123,7 @@ class _Memory(abc.ABC):
         if self.closed:
             raise RegionClosedError(f"region {self.name!r} is closed; map it again to use it")
 
+    @abc.abstractmethod
     def in_forked_child(self) -> None:
         """The process is a forked child now."""
 
@@ -417,6 +418,9 @@ class KernelOps(_Memory):
     @property
     def handle(self) -> int:
         return 0
+
+    def in_forked_child(self) -> None:
+        pass  # the kernel serves it there too
 
     def close_begin(self) -> None:
         pass

@@ -31,7 +31,16 @@ _BODY = struct.Struct("<QQIIIiIH10B")  # a record without its seq
 class ControlBlock:
     """A region's struct uvm_region_ctl as its one writer sees it. `memory` is the mapped memfd."""
 
-    __slots__ = ("_advice", "_head", "_latency", "_memory", "_nr_present", "_seq", "counters", "ptes")
+    __slots__ = (
+        "_advice",
+        "_head",
+        "_latency",
+        "_memory",
+        "_nr_present",
+        "_seq",
+        "counters",
+        "ptes",
+    )
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
