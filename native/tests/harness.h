@@ -42,6 +42,35 @@ const char *__tsan_default_options(void)
 
 enum { WORDS = UVM_PAGE / 8 };
 
+/* A touch that fails says by which decision, before it kills. */
+static inline void on_sigbus_(int sig, siginfo_t *si, void *context)
+{
+	struct uvm_region *r = uvm_region_find((uint64_t)(uintptr_t)si->si_addr);
+	struct uvm_region_ctl *ctl = r ? r->ctl : NULL;
+	(void)context;
+	usleep(50000); /* the record is written after the poison */
+	fprintf(stderr, "pid %d: signal %d, code %d, at %p, page %lld\n", (int)getpid(), sig,
+		si->si_code, si->si_addr,
+		r ? ((long long)(uintptr_t)si->si_addr - (long long)r->start) / UVM_PAGE : -1);
+	for (int i = 0; ctl && i < UVM_TRACE_RECORDS; i++) {
+		struct uvm_trace_record *t = &ctl->trace[i];
+		if (t->seq && (t->err || t->result & UVM_VM_FAULT_SIGBUS))
+			fprintf(stderr,
+				"  fault %llu: page %llu kind %d access %d pte %d flags %#x row %d "
+				"action %d "
+				"commit %d result %#x err %d tries %d\n",
+				(unsigned long long)t->seq, (unsigned long long)t->index, t->kind,
+				t->access, t->pte, t->flags, t->row, t->action, t->commit,
+				t->result, t->err, t->tries);
+	}
+	if (r) {
+		uint64_t page = ((uint64_t)(uintptr_t)si->si_addr - r->start) / UVM_PAGE;
+		fprintf(stderr, "  its entry is %d, in the kernel's truth %d\n", r->ptes[page],
+			uvm_kernel_truth(r, page));
+	}
+	signal(sig, SIG_DFL);
+}
+
 static inline uint64_t word_of(uint64_t page, uint64_t generation)
 {
 	return (page + 1) * 0x9e3779b97f4a7c15u + generation * 2 + 1;
@@ -59,16 +88,21 @@ static inline void configure(uint64_t spin_ns)
 		.spin_ns = spin_ns,
 	};
 	uint64_t features = config.uffd_features, ioctls;
+	struct sigaction fatal = {.sa_sigaction = on_sigbus_, .sa_flags = SA_SIGINFO};
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	sigaction(SIGBUS, &fatal, NULL);
 	int fd = uvm_userfaultfd(config.uffd_flags);
 	if (fd < 0) {
-		printf("no userfaultfd here (%s); run as root, or sysctl vm.unprivileged_userfaultfd=1\n",
+		printf("no userfaultfd here (%s); run as root, or sysctl "
+		       "vm.unprivileged_userfaultfd=1\n",
 		       strerror(-fd));
 		exit(77);
 	}
 	int rc = uvm_uffd_api(fd, &features, &ioctls);
 	close(fd);
 	if (rc < 0) {
-		printf("this kernel lacks features that these tests need; use Linux 6.6 or later\n");
+		printf("this kernel lacks features that these tests need; use Linux 6.6 or "
+		       "later\n");
 		exit(77);
 	}
 	CHECK_EQ(uvm_configure(&config), 0);
@@ -117,11 +151,11 @@ static const char *const region_kind_names[NR_REGION_KINDS] = {
 	"anonymous", "anonymous, tracked", "r", "c", "c, tracked", "r+"};
 
 struct options {
-	uint64_t cap_bytes; /* 0: none */
+	uint64_t cap_bytes;               /* 0: none */
 	uint32_t fault_around, readahead; /* pages; fault_around 0: 1 */
-	uint64_t deadline_ns;		  /* 0: 30 s */
-	int on_error;			  /* enum uvm_on_error */
-	uint64_t pgoff;			  /* of a further region over a cache */
+	uint64_t deadline_ns;             /* 0: 30 s */
+	int on_error;                     /* enum uvm_on_error */
+	uint64_t pgoff;                   /* of a further region over a cache */
 };
 
 struct region {
@@ -147,12 +181,13 @@ static inline bool kind_tracked(int kind)
 /* Maps nr_pages of a cache (-1: anonymous) and registers them. */
 static inline struct region region_map(int kind, int cache, uint64_t nr_pages, struct options o)
 {
-	static const int backings[] = {UVM_BACKING_ANON, UVM_BACKING_ANON, UVM_BACKING_SHARED_FILE,
-				       UVM_BACKING_PRIVATE_FILE, UVM_BACKING_PRIVATE_FILE,
-				       UVM_BACKING_SHARED_FILE};
+	static const int backings[] = {UVM_BACKING_ANON,         UVM_BACKING_ANON,
+				       UVM_BACKING_SHARED_FILE,  UVM_BACKING_PRIVATE_FILE,
+				       UVM_BACKING_PRIVATE_FILE, UVM_BACKING_SHARED_FILE};
 	int prot = PROT_READ | (kind_writable(kind) ? PROT_WRITE : 0);
-	int flags = cache < 0 ? MAP_PRIVATE | MAP_ANONYMOUS
-		    : backings[kind] == UVM_BACKING_SHARED_FILE ? MAP_SHARED : MAP_PRIVATE;
+	int flags = cache < 0                                   ? MAP_PRIVATE | MAP_ANONYMOUS
+		    : backings[kind] == UVM_BACKING_SHARED_FILE ? MAP_SHARED
+								: MAP_PRIVATE;
 	void *p = mmap(NULL, nr_pages * UVM_PAGE, prot, flags | MAP_NORESERVE,
 		       cache < 0 ? -1 : uvm_cache_data_fd(cache), (off_t)(o.pgoff * UVM_PAGE));
 	CHECK(p != MAP_FAILED);
@@ -200,6 +235,9 @@ static inline uint64_t counter(const struct region *r, int which)
 {
 	return __atomic_load_n(&uvm_region_ctl(r->handle)->counters[which], __ATOMIC_RELAXED);
 }
+
+/* Of what other threads count. */
+#define LOAD(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
 
 static inline uint64_t peek(const struct region *r, uint64_t page, int i)
 {

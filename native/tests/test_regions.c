@@ -9,7 +9,8 @@ static void read_all(const struct region *r)
 {
 	for (uint64_t p = 0; p < NR; p++)
 		for (int i = 0; i < WORDS; i += 63) {
-			bool beyond = kind_of_file(r->kind) && p * UVM_PAGE + (uint64_t)i * 8 >= file_bytes;
+			bool beyond = kind_of_file(r->kind) &&
+				      p * UVM_PAGE + (uint64_t)i * 8 >= file_bytes;
 			CHECK_EQ(peek(r, p, i), beyond ? 0 : untouched_word(r, p));
 		}
 }
@@ -18,11 +19,13 @@ static void pages_come_when_touched(int kind)
 {
 	int fd = file_make(file_bytes);
 	for (uint32_t around = 1; around <= 16; around *= 16) {
-		struct region r = region_make(kind, fd, NR, (struct options){.fault_around = around});
+		struct region r =
+			region_make(kind, fd, NR, (struct options){.fault_around = around});
 		CHECK_EQ(uvm_region_resident(r.handle), 0);
 		read_all(&r);
 		EVENTUALLY(counter(&r, UVM_COUNTER_PGFAULT) ==
-			   counter(&r, UVM_COUNTER_PGMAJFAULT) + counter(&r, UVM_COUNTER_PGMINFAULT));
+			   counter(&r, UVM_COUNTER_PGMAJFAULT) +
+				   counter(&r, UVM_COUNTER_PGMINFAULT));
 		CHECK_EQ(counter(&r, UVM_COUNTER_PGFAULT_FAILED), 0);
 		if (around == 1 && kind_of_file(kind) && kind != FILE_C)
 			EVENTUALLY(counter(&r, UVM_COUNTER_BYTES_READ) == NR * (uint64_t)UVM_PAGE);
@@ -47,13 +50,13 @@ static void stores_stay(int kind)
 	}
 	if (kind == FILE_RW) {
 		struct uvm_cache_ctl *ctl = uvm_cache_ctl(r.cache);
-		EVENTUALLY(ctl->nr_dirty == (NR + 2) / 3);
+		EVENTUALLY(LOAD(ctl->nr_dirty) == (NR + 2) / 3);
 		CHECK_EQ(uvm_region_flush(r.handle, 0, NR), 0);
-		CHECK_EQ(ctl->nr_dirty, 0);
+		CHECK_EQ(LOAD(ctl->nr_dirty), 0);
 		for (uint64_t p = 0; p < NR; p++)
 			CHECK_EQ(file_word(fd, p, 5), p % 3 ? word_of(p, 0) : p + 1);
 		poke(&r, 3, 5, 77); /* clean again, so it is seen again */
-		EVENTUALLY(ctl->nr_dirty == 1);
+		EVENTUALLY(LOAD(ctl->nr_dirty) == 1);
 		CHECK_EQ(uvm_region_flush(r.handle, 0, NR), 0);
 		CHECK_EQ(file_word(fd, 3, 5), 77);
 	} else if (kind_of_file(kind)) {
@@ -79,6 +82,7 @@ static void protect_finds_stores(int kind)
 		(void)peek(&r, p, 0);
 	for (uint64_t p = 50; p < 60; p++)
 		poke(&r, p, 0, 1);
+	EVENTUALLY(counter(&r, UVM_COUNTER_PGFAULT) == 60); /* counted last */
 	CHECK(uvm_region_protect(r.handle, 0, NR) >= 10);
 	uint64_t dirtied = counter(&r, UVM_COUNTER_DIRTIED);
 	for (uint64_t p = 0; p < 60; p += 2)
@@ -89,7 +93,9 @@ static void protect_finds_stores(int kind)
 	for (uint64_t p = 0; p < 60; p++)
 		CHECK_EQ(ptes[p] == UVM_PTE_PRESENT, p % 2 == 0);
 	for (uint64_t p = 0; p < 60; p++)
-		CHECK_EQ(peek(&r, p, 0), p % 2 == 0 ? p + 1000 : p >= 50 ? 1 : untouched_word(&r, p));
+		CHECK_EQ(peek(&r, p, 0), p % 2 == 0 ? p + 1000
+					 : p >= 50  ? 1
+						    : untouched_word(&r, p));
 	region_close(&r);
 	close(fd);
 }
@@ -146,7 +152,7 @@ static void two_regions_share_a_cache(void)
 	CHECK_EQ(uvm_region_flush(b.handle, 0, 50), 0); /* protects in a too */
 	CHECK_EQ(file_word(fd, 20, 2), 5);
 	poke(&a, 20, 2, 99);
-	EVENTUALLY(uvm_cache_ctl(cache)->nr_dirty == 1);
+	EVENTUALLY(LOAD(uvm_cache_ctl(cache)->nr_dirty) == 1);
 	region_close(&b);
 	CHECK_EQ(peek(&a, 20, 2), 99);
 	CHECK_EQ(uvm_region_flush(a.handle, 0, NR), 0);
@@ -157,8 +163,11 @@ static void two_regions_share_a_cache(void)
 
 static void wrong_arguments_are_refused(void)
 {
-	struct uvm_region_args args = {.start = 4096, .len = 4096, .backing = UVM_BACKING_ANON,
-				       .cache = -1, .fault_around_pages = 3};
+	struct uvm_region_args args = {.start = 4096,
+				       .len = 4096,
+				       .backing = UVM_BACKING_ANON,
+				       .cache = -1,
+				       .fault_around_pages = 3};
 	CHECK_EQ(uvm_region_create(&args), -EINVAL);
 	args.fault_around_pages = 1;
 	args.len = 100;
