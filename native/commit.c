@@ -91,6 +91,15 @@ static const commit_fn commits[UVM_NR_COMMIT] = {
 	[UVM_COMMIT_MOVE] = commit_refuse,
 };
 
+/* A page in the memfd of a folio that we are filling: left by a process that died in between, or made by
+ * somebody who read a hole behind our back, and then it is zeros. What was read is right either way. */
+void uvm_rewrite_folio(struct uvm_region *r, uint64_t index, const uint8_t *content)
+{
+	if (r->cache && !r->cache->writable)
+		(void)sys_pwrite(r->cache->data_fd, content, UVM_PAGE,
+				 (int64_t)((r->pgoff + index) << UVM_PAGE_SHIFT));
+}
+
 enum { CHANGING_TRIES = 200 };
 
 /* Runs the commit over [index, index + nr_pages) until the table says how it ended. Returns the pages
@@ -115,6 +124,7 @@ uint64_t uvm_commit(const struct uvm_commit *a, uint64_t index, uint64_t nr_page
 			if (!d.err)
 				return nr_pages;
 			/* The first page is there already, which was the aim; EEXIST never wakes. */
+			uvm_rewrite_folio(a->region, index + done, (const uint8_t *)(uintptr_t)source(a, index + done));
 			(void)sys_uffd_wake(a->uffd, uvm_region_addr(a->region, index + done),
 					    UVM_PAGE);
 			if (++done == nr_pages)

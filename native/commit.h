@@ -17,6 +17,7 @@ struct uvm_commit_end {
 	int err;
 };
 
+void uvm_rewrite_folio(struct uvm_region *r, uint64_t index, const uint8_t *content);
 uint64_t uvm_commit(const struct uvm_commit *a, uint64_t index, uint64_t nr_pages,
 		    struct uvm_commit_end *out);
 

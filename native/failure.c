@@ -412,9 +412,7 @@ static int cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages)
 	if (rc < 0)
 		return rc;
 	memset((void *)(uintptr_t)temp, 0xff, len);
-	/* A forked child maps a shared region again, onto a gap. */
-	if (is_shared(r))
-		rc = sys_madvise(temp, len, MADV_DONTFORK);
+	rc = sys_madvise(temp, len, MADV_DONTFORK); /* as the region around it; see fork.c */
 	if (rc == 0)
 		rc = uvm_mprotect(temp, len, PROT_NONE);
 	if (rc == 0)
@@ -436,8 +434,7 @@ static int pages_map(struct uvm_region *r, uint64_t index, uint64_t nr_pages, ui
 	if (rc < 0)
 		return rc;
 	(void)sys_madvise(*ret, len, MADV_NOHUGEPAGE);
-	if (is_shared(r))
-		rc = sys_madvise(*ret, len, MADV_DONTFORK);
+	rc = sys_madvise(*ret, len, MADV_DONTFORK);
 	return rc;
 }
 

@@ -478,10 +478,13 @@ static uint64_t finish_run(const struct uvm_commit *a, uint64_t index, uint64_t 
 			break;
 		switch (end->settlement) {
 		case UVM_SETTLEMENT_VERIFY:
-			if (private) /* present, by whom we do not know: as if written */
+			if (private) { /* present, by whom we do not know: as if written */
 				uvm_set_pte(r, i, UVM_PTE_PRESENT);
-			else /* in the memfd already; whoever needs it maps it */
+			} else { /* in the memfd already; whoever needs it maps it */
+				uvm_rewrite_folio(r, i,
+						  a->buf + ((i - a->buf_index) << UVM_PAGE_SHIFT));
 				publish_folio(r->cache, r->pgoff + i, dirty);
+			}
 			(void)sys_uffd_wake(a->uffd, uvm_region_addr(r, i), UVM_PAGE);
 			i++;
 			done++;

@@ -5,7 +5,8 @@
  *   -> The child handler opens uffds, maps shared regions again (they are MADV_DONTFORK), registers and
  *      re-arms everything before fork() returns. Until then only this one thread runs.
  *   -> What cannot be made good is made inaccessible: SIGSEGV is a crash, zeros are data loss.
- * _Fork() and raw clone() run no handlers: shared regions are absent there, private ones read zeros. */
+ * _Fork() and raw clone() run no handlers: all regions are MADV_DONTFORK, so they are absent there. Private
+ * ones are MADV_DOFORK just while an ordinary fork() copies them: nothing else could. */
 #include "internal.h"
 
 static void child_region(struct uvm_region *r, void *arg)
@@ -54,6 +55,14 @@ static bool any_closing(void)
 	return n > 0;
 }
 
+/* Private memory is copied by this fork, and by no other. */
+static void let_copy(struct uvm_region *r, void *arg)
+{
+	if (r->backing != UVM_BACKING_SHARED_FILE && atomic_load(&r->state) == UVM_REGION_LIVE)
+		(void)sys_madvise(r->start, r->len, *(const int *)arg);
+}
+static const int do_fork = MADV_DOFORK, dont_fork = MADV_DONTFORK;
+
 enum { CLOSING_TRIES = 2000 };
 
 static void before(void)
@@ -70,10 +79,12 @@ static void before(void)
 	uvm_spans_lock();
 	uvm_ptl_lock_all(); /* no commit is half published in what the child inherits */
 	uvm_service_prepare();
+	uvm_for_each_region_locked(let_copy, (void *)(uintptr_t)&do_fork);
 }
 
 static void in_parent(void)
 {
+	uvm_for_each_region_locked(let_copy, (void *)(uintptr_t)&dont_fork);
 	uvm_service_parent();
 	uvm_ptl_unlock_all();
 	uvm_spans_unlock();

@@ -449,14 +449,13 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 			goto stop;
 	}
 	/* Before the first touch and before registration: a huge page would hide holes from us, and
-	 * khugepaged would fill them with zeros. Shared ones are mapped again by the child handler, so
-	 * that a fork which runs no handlers gets SIGSEGV and never zeros. */
+	 * khugepaged would fill them with zeros. A fork that runs no handlers must find no copy: it would
+	 * read zeros, and in a private mapping of a memfd put pages of zeros there for everybody. fork.c
+	 * lifts that for private memory while an ordinary fork() copies it. */
 	MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
-	if (r->backing == UVM_BACKING_SHARED_FILE) {
-		rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
-		if (rc < 0)
-			goto stop;
-	}
+	rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
+	if (rc < 0)
+		goto stop;
 	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode,
 			       NULL);
 	if (rc < 0)
