@@ -40,6 +40,8 @@ def parse_size(value: int | str, *, what: str = "size") -> int:
             raise InvalidArgument(f"{what}: {value} bytes is negative")
         return value
     if match := _PERCENT.fullmatch(value):
+        if float(match[1]) > 100:
+            raise InvalidArgument(f"{what}: {value!r} is more than all the memory there is")
         return int(memory_limit() * float(match[1]) / 100)
     if match := _SIZE.fullmatch(value):
         number, unit, binary, _ = match.groups()

@@ -140,6 +140,8 @@ def _path_of(path: object) -> str:
     name = os.fspath(path)
     if not isinstance(name, str):
         name = os.fsdecode(name)
+    if not name:
+        raise InvalidArgument("map: '' is no path")
     if re.match(r"[a-z][a-z0-9+.-]+://", name):
         raise FeatureUnavailable(
             f"map: {name!r} is a URL, and this version maps local files only; download it, or mount it"
@@ -158,7 +160,9 @@ def _length_of(path: str, size: int, offset: int, length: int | None) -> int:
             f"{max(0, offset) // PAGE_SIZE * PAGE_SIZE} and use array(offset=...)"
         )
     if size == 0:
-        raise InvalidArgument(f"{path!r} is empty: there is nothing to map")
+        raise InvalidArgument(
+            f"{path!r} is empty (or, as in /proc, has no size): there is nothing to map"
+        )
     if offset >= size:
         raise InvalidArgument(f"offset: {offset} is at or past the end of {path!r} ({size} bytes)")
     if length is None:
@@ -309,6 +313,10 @@ class AddressSpace:
         if track and mode == "r":
             raise InvalidArgument("track: mode 'r' has no writes to track; use mode 'c' or 'r+'")
         if page_mkwrite is not None:
+            if not callable(page_mkwrite):
+                raise InvalidArgument(
+                    f"page_mkwrite: {page_mkwrite!r} is no function of (offset, nr_bytes)"
+                )
             if mode != "r+":
                 raise InvalidArgument("page_mkwrite: only mode 'r+' has writes that reach the file")
             if settings.service != "python":

@@ -207,6 +207,7 @@ class Region:
     # --- write tracking -----------------------------------------------------------------------------
 
     def _need_tracking(self, what: str) -> None:
+        self._ops.check_open()
         if not self._tracked:
             raise InvalidArgument(
                 f"{what}: region {self.name!r} does not track writes; make it with track=True"
