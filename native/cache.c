@@ -44,6 +44,8 @@ static uint64_t process_start_time(int pid)
 static bool slot_alive(struct uvm_cache_slot *s)
 {
 	int pid = atomic_load(&s->pid);
+	if (pid < 0) /* being attached: its start time does not stand here yet */
+		return process_start_time(-pid) != 0;
 	return pid && process_start_time(pid) == atomic_load(&s->start_time);
 }
 
@@ -57,13 +59,14 @@ static int slot_attach(struct uvm_cache *c)
 			int32_t pid = atomic_load(&s->pid);
 			if (pid && (pass == 0 || slot_alive(s)))
 				continue;
-			if (!atomic_compare_exchange_strong(&s->pid, &pid, me))
+			if (!atomic_compare_exchange_strong(&s->pid, &pid, -me))
 				continue;
 			if (pass == 0)
 				__atomic_fetch_add(&c->shared->ctl.nr_attached, 1,
 						   __ATOMIC_ACQ_REL);
 			uint32_t epoch = atomic_fetch_add(&s->epoch, 1) + 1;
 			atomic_store(&s->start_time, process_start_time(me));
+			atomic_store(&s->pid, me); /* last: now the slot can be judged */
 			c->owner = i | (epoch & 0xffff) << 8;
 			return 0;
 		}
@@ -379,6 +382,33 @@ uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)
 }
 
 /* ---- reading -------------------------------------------------------------------------------------------- */
+/* What these guard is consistent after every single store, so a dead holder leaves nothing to mend. */
+static void shared_lock(pthread_mutex_t *lock)
+{
+	if (pthread_mutex_lock(lock) == EOWNERDEAD)
+		pthread_mutex_consistent(lock);
+}
+
+static int64_t mtime_ns(const struct stat *st)
+{
+	return (int64_t)st->st_mtim.tv_sec * 1000000000 + st->st_mtim.tv_nsec;
+}
+
+/* Is the file still the version that was mapped? -ENODATA: it is shorter; -ESTALE: it was changed. */
+static int version_check(struct uvm_cache *c)
+{
+	const struct uvm_cache_ctl *ctl = &c->shared->ctl;
+	struct stat st;
+	int rc = sys_fstat(c->file_fd, &st);
+	if (rc < 0)
+		return rc;
+	if ((uint64_t)st.st_size < ctl->size)
+		return -ENODATA;
+	bool same = (uint64_t)st.st_size == ctl->size &&
+		    mtime_ns(&st) == __atomic_load_n(&ctl->mtime_ns, __ATOMIC_ACQUIRE);
+	return same ? 0 : -ESTALE;
+}
+
 /* Reads whole pages of the file, zeros behind its end, and makes sure that they are of the version that
  * was mapped. nowait: -EAGAIN when a disk would have to be waited for.
  * -ENODATA: the file is shorter now; -ESTALE: it was changed. */
@@ -387,7 +417,6 @@ int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void 
 	struct uvm_cache_ctl *ctl = &c->shared->ctl;
 	uint64_t off = index << UVM_PAGE_SHIFT, len = nr_pages << UVM_PAGE_SHIFT, want = len,
 		 got = 0;
-	struct stat st;
 
 	if (off + want > ctl->size)
 		want = ctl->size - off;
@@ -409,28 +438,25 @@ int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void 
 		}
 		got += (uint64_t)n;
 	}
-	int rc = sys_fstat(c->file_fd, &st);
+	int rc = version_check(c);
+	if (rc == -ESTALE && c->writable) {
+		/* Our own write-back moves the mtime, and says so under its lock. */
+		if (nowait)
+			return -EAGAIN;
+		shared_lock(&c->shared->wb_lock);
+		rc = version_check(c);
+		pthread_mutex_unlock(&c->shared->wb_lock);
+	}
 	if (rc < 0)
 		return rc;
-	if ((uint64_t)st.st_size < ctl->size || got < want)
+	if (got < want)
 		return -ENODATA;
-	/* A file that we write changes by our own hand; the lock keeps others out. */
-	int64_t mtime_ns = (int64_t)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
-	if (!c->writable && ((uint64_t)st.st_size != ctl->size || mtime_ns != ctl->mtime_ns))
-		return -ESTALE;
 	if (want < len)
 		memset((char *)buf + want, 0, len - want);
 	return 0;
 }
 
 /* ---- the cap ---------------------------------------------------------------------------------------------- */
-/* What these guard is consistent after every single store, so a dead holder leaves nothing to mend. */
-static void shared_lock(pthread_mutex_t *lock)
-{
-	if (pthread_mutex_lock(lock) == EOWNERDEAD)
-		pthread_mutex_consistent(lock);
-}
-
 static void fifo_lock(struct uvm_cache *c)
 {
 	shared_lock(&c->shared->fifo_lock);
@@ -528,7 +554,7 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 			kept |= state != UVM_FOLIO_ABSENT;
 		}
 		if (dirty && may_write_back) {
-			(void)uvm_cache_write_back(c, e.index, e.nr_pages);
+			(void)uvm_cache_write_back(c, e.index, e.nr_pages, false);
 			int64_t more = uvm_cache_evict(c, e.index, e.nr_pages);
 			kept = false;
 			for (uint64_t i = e.index; i < e.index + e.nr_pages; i++)
@@ -631,13 +657,21 @@ static int copy_out(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char
 			return n < 0 ? (int)n : -EIO;
 		done += n > 0 ? (uint64_t)n : 0;
 	}
-	for (done = 0; done < len;) {
+	/* Never over a version that is not ours, and never past the end of a file that was cut. */
+	int rc = version_check(c);
+	if (rc < 0)
+		return rc;
+	for (done = 0; done < len && rc == 0;) {
 		int64_t n = sys_pwrite(c->file_fd, buf + done, len - done, (int64_t)(off + done));
 		if (n <= 0 && n != -EINTR)
-			return n < 0 ? (int)n : -EIO;
+			rc = n < 0 ? (int)n : -EIO;
 		done += n > 0 ? (uint64_t)n : 0;
 	}
-	return 0;
+	struct stat st; /* what is there now is our version, also after half a write */
+	int stat_rc = sys_fstat(c->file_fd, &st);
+	if (stat_rc == 0)
+		__atomic_store_n(&c->shared->ctl.mtime_ns, mtime_ns(&st), __ATOMIC_RELEASE);
+	return rc ? rc : stat_rc;
 }
 
 struct written_arg {
@@ -700,7 +734,7 @@ static bool being_filled_elsewhere(struct uvm_cache *c, uint64_t index)
 }
 
 /* Writes the dirty pages of the range to the file. Returns the first error; what failed stays dirty. */
-int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, bool wait)
 {
 	uint64_t p, end = index + nr_pages;
 	int first = 0;
@@ -721,7 +755,7 @@ int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 			/* 0: written and cleaned by the one we waited for; look again. */
 			continue;
 		}
-		if (being_filled_elsewhere(c, index)) {
+		if (wait && being_filled_elsewhere(c, index)) {
 			usleep(200);
 			continue;
 		}

@@ -178,8 +178,17 @@ static uint32_t act_join(struct vm_fault *v)
 	if (v->f->tries > 1 && take_over_dead(v->region, v->index))
 		return RESTART;
 	if (v->x->service == UVM_SERVICE_INLINE) {
-		usleep(100); /* the touching thread is this one: the instruction runs again */
-		return UVM_VM_FAULT_RETRY;
+		/* The touching thread is this one: nobody else would watch its deadline. */
+		const struct uvm_region *r = v->region;
+		while (!r->deadline_ns || sys_now_ns() - v->f->t_ns < r->deadline_ns) {
+			unsigned flags = 0;
+			if (uvm_walk(v->region, v->index, v->f->kind, &flags) != v->orig_pte ||
+			    atomic_load(&r->state) != UVM_REGION_LIVE ||
+			    take_over_dead(v->region, v->index))
+				return UVM_VM_FAULT_RETRY; /* the instruction runs again */
+			usleep(100);
+		}
+		return fail_page(v, ETIMEDOUT, UVM_VM_FAULT_SIGBUS);
 	}
 	return uvm_park(v->f) == 0 ? UVM_VM_FAULT_RETRY : wake(v);
 }

@@ -122,7 +122,9 @@ void uvm_cache_uncharge(struct uvm_cache *c, uint64_t nr_pages);
 void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
 bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index);
 int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
-int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
+/* wait: also for pages that another process is filling, as flush() must; reclaim, which holds pages that
+ * it is filling itself, must not. */
+int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, bool wait);
 int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void *buf, bool nowait);
 /* The first index >= index whose folio words were ever written; nr_pages if none. */
 uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index);

@@ -759,6 +759,8 @@ int64_t uvm_region_evict(int64_t handle, uint64_t index, uint64_t nr_pages)
 	int64_t rc = range_check(r, index, nr_pages);
 	if (rc == 0 && r->cache && r->service != UVM_SERVICE_PYTHON)
 		rc = uvm_cache_evict(r->cache, r->pgoff + index, nr_pages);
+	if (rc > 0)
+		uvm_count(r, UVM_COUNTER_PGSTEAL, (uint64_t)rc);
 	uvm_region_put(r);
 	return rc;
 }
@@ -775,7 +777,7 @@ int uvm_region_flush(int64_t handle, uint64_t index, uint64_t nr_pages)
 		 * a page-table lock: once we had them all, every store made before this call is known. */
 		uvm_ptl_lock_all();
 		uvm_ptl_unlock_all();
-		rc = uvm_cache_write_back(c, r->pgoff + index, nr_pages);
+		rc = uvm_cache_write_back(c, r->pgoff + index, nr_pages, true);
 		int sync = sys_fsync(c->file_fd);
 		if (rc == 0)
 			rc = sync;

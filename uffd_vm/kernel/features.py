@@ -379,6 +379,7 @@ def require_library(name: str, found: Probe | None = None) -> bool:
     feature = next((f for f in LIBRARY_FEATURES if f.name.startswith(name)), None)
     if feature is None:
         raise InvalidArgument(f"the library has no feature {name!r}")
+    require_open(found)
     if feature.works(found.features, found.pagemap_scan):
         return True
     if feature.fallback is not None:

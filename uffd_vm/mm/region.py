@@ -282,10 +282,12 @@ class Region:
         """
         if not self._mapping.closed:
             self._ops.flush(0, self.nr_pages)
+            self._ops.flush_late = True
             self._mapping.close()
 
     def discard(self) -> None:
         """As `close()`, without writing back: for a region whose `flush()` fails for good."""
+        self._ops.flush_late = False
         self._mapping.close()
 
     def __enter__(self) -> Region:

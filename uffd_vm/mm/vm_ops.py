@@ -57,6 +57,7 @@ class VmOps(Protocol):
     """See the module. Counts are pages; a negative errno never leaves these methods."""
 
     name: str
+    flush_late: bool
 
     @property
     def handle(self) -> int:
@@ -110,6 +111,7 @@ class _Memory(abc.ABC):
         self.nbytes = nbytes
         self.nr_pages = -(-nbytes // PAGE_SIZE)
         self.closed = False
+        self.flush_late = False  #: close() writes back what came after its flush()
 
     @property
     def asks_process(self) -> bool:
@@ -197,6 +199,14 @@ class UserfaultOps(_Memory):
         self._check(lib.uvm_region_close_abort(self.handle), "close")
 
     def close_end(self) -> None:
+        try:
+            # A store that another thread made between the flush and the unmapping; now nobody can.
+            if self.flush_late and self._writable and self.cache and self.cache.dirty_bytes:
+                self.flush(0, self.nr_pages)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self.closed = True
         try:
             self._before_end()

@@ -213,6 +213,9 @@ class PageCache:
         self.reads: dict[int, Read] = {}  # in flight, or complete and not yet taken, by folio
         self._nr_jobs = 0
         self._nr_writing = 0  # writes of ours that are under way
+        self._writing: Event | None = (
+            None  # happens when the write-back that is under way has ended
+        )
         self._seen_wb_err = self._ctl[_WB_ERR_SEQ]
         self._extents: deque[tuple[int, int]] = deque()  # in the order they were filled
         self._take_over()
@@ -428,6 +431,10 @@ class PageCache:
         written = 0
         folio, end = index, index + nr_pages
         while folio < end:
+            # One write at a time: an older copy must never land over a newer one, and what another
+            # task is writing is on the disk before we say so.
+            while self._writing is not None:
+                yield self._writing
             first = folio
             while folio < end and folio - first < WRITEBACK_PAGES and self.state(folio) == _DIRTY:
                 folio += 1
@@ -435,7 +442,12 @@ class PageCache:
                 folio += 1
                 continue
             written += folio - first
-            yield from self._write_back_run(first, folio - first, protect)
+            done = self._writing = Event()
+            try:
+                yield from self._write_back_run(first, folio - first, protect)
+            finally:
+                self._writing = None
+                done.happen()
         return written
 
     def _write_back_run(

@@ -39,6 +39,7 @@ _PGSTEAL = int(Counter.pgsteal)
 _WRITEBACK, _BYTES_WRITTEN = int(Counter.writeback), int(Counter.bytes_written)
 
 _EHWPOISON = 133
+_ROOM_TRIES = 1000  # of a millisecond
 _SEQUENTIAL, _RANDOM = 1, 2  # enum uvm_advice
 _INTERRUPT_AFTER_NS = 200_000_000
 _INTERRUPT_LOOK_MS = 100
@@ -229,10 +230,14 @@ class Mm:
                 nr = last - at
                 if not cache.room_for(nr) and not cache.shrink(nr):
                     nr = 1
+                tries = 0
                 while not cache.room_for(nr):
                     event = self.start_write_back(cache)
-                    if event is None:
-                        raise _failed(errno.ENOMEM, at)
+                    if event is None:  # what is charged is on its way in or out
+                        tries += 1
+                        if tries > _ROOM_TRIES:
+                            raise _failed(errno.ENOMEM, at)
+                        event = self.after(1_000_000)
                     yield event
                     region = self.live(handle, generation)
                     cache.shrink(nr)
