@@ -98,7 +98,7 @@ static bool others_attached(struct uvm_cache *c)
 	return false;
 }
 
-static bool folio_in_memfd(struct uvm_cache *c, uint64_t index)
+bool uvm_cache_has(struct uvm_cache *c, uint64_t index)
 {
 	off_t at = (off_t)(index << UVM_PAGE_SHIFT);
 	return lseek(c->data_fd, at, SEEK_DATA) == at;
@@ -117,7 +117,7 @@ bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index)
 		return false;
 	if (state == UVM_FOLIO_WRITEBACK)
 		to = UVM_FOLIO_DIRTY;
-	else if (!folio_in_memfd(c, index))
+	else if (!uvm_cache_has(c, index))
 		to = UVM_FOLIO_ABSENT;
 	else /* whole pages only ever get in; of a writable one we cannot tell whether it was written */
 		to = c->writable ? UVM_FOLIO_DIRTY : UVM_FOLIO_UPTODATE;
@@ -130,6 +130,28 @@ bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index)
 	if (to == UVM_FOLIO_DIRTY && state != UVM_FOLIO_WRITEBACK)
 		__atomic_fetch_add(&c->shared->ctl.nr_dirty, 1, __ATOMIC_RELAXED);
 	return true;
+}
+
+/* The message may be older than an eviction, so what is there now counts. Nobody fills an ABSENT folio
+ * without moving its word first, which makes ours fail. */
+void uvm_cache_adopt(struct uvm_cache *c, uint64_t index)
+{
+	unsigned to = c->writable ? UVM_FOLIO_DIRTY : UVM_FOLIO_UPTODATE;
+	if (uvm_folio_state(atomic_load(&c->folios[index])) != UVM_FOLIO_ABSENT ||
+	    !uvm_cache_has(c, index) || !uvm_folio_move(c, index, UVM_FOLIO_ABSENT, to))
+		return;
+	__atomic_fetch_add(&c->shared->ctl.nr_used, 1, __ATOMIC_RELAXED);
+	if (to == UVM_FOLIO_DIRTY)
+		__atomic_fetch_add(&c->shared->ctl.nr_dirty, 1, __ATOMIC_RELAXED);
+	uvm_cache_note_extent(c, index, 1);
+}
+
+/* The other way round: our word says that the page is there, and the kernel that it is not. */
+void uvm_cache_disown(struct uvm_cache *c, uint64_t index)
+{
+	if (!uvm_cache_has(c, index) &&
+	    uvm_folio_move(c, index, UVM_FOLIO_UPTODATE, UVM_FOLIO_ABSENT))
+		uvm_cache_uncharge(c, 1);
 }
 
 /* ---- life ---------------------------------------------------------------------------------------------- */

@@ -13,7 +13,8 @@ static struct uvm_done commit_none(const struct uvm_commit *a, uint64_t index, u
 static struct uvm_done commit_wake(const struct uvm_commit *a, uint64_t index, uint64_t len)
 {
 	int rc = sys_uffd_wake(a->uffd, uvm_region_addr(a->region, index), len);
-	return (struct uvm_done){rc < 0 ? -rc : 0, (int64_t)len};
+	/* No out field here: EAGAIN means a changing layout, never half a job. */
+	return (struct uvm_done){rc < 0 ? -rc : 0, rc < 0 ? UVM_DONE_UNTOUCHED : (int64_t)len};
 }
 
 static struct uvm_done commit_zeropage(const struct uvm_commit *a, uint64_t index, uint64_t len)
@@ -64,7 +65,8 @@ static struct uvm_done commit_continue_wp(const struct uvm_commit *a, uint64_t i
 static struct uvm_done commit_unprotect(const struct uvm_commit *a, uint64_t index, uint64_t len)
 {
 	int rc = sys_uffd_writeprotect(a->uffd, uvm_region_addr(a->region, index), len, 0);
-	return (struct uvm_done){rc < 0 ? -rc : 0, (int64_t)len};
+	/* No out field here: EAGAIN means a changing layout, never half a job. */
+	return (struct uvm_done){rc < 0 ? -rc : 0, rc < 0 ? UVM_DONE_UNTOUCHED : (int64_t)len};
 }
 
 static struct uvm_done commit_refuse(const struct uvm_commit *a, uint64_t index, uint64_t len)

@@ -489,6 +489,8 @@ static uint64_t finish_run(const struct uvm_commit *a, uint64_t index, uint64_t 
 		case UVM_SETTLEMENT_VERIFY:
 			if (private) { /* present, by whom we do not know: as if written */
 				uvm_set_pte(r, i, UVM_PTE_PRESENT);
+			} else if (!uvm_cache_has(r->cache, r->pgoff + i)) {
+				window_release(r, r->cache, r->pgoff, private, i, 1);
 			} else { /* in the memfd already; whoever needs it maps it */
 				uvm_rewrite_folio(r, i,
 						  a->buf + ((i - a->buf_index) << UVM_PAGE_SHIFT));
@@ -773,7 +775,15 @@ static unsigned prologue(struct vm_fault *v)
 	if (r->deadline_ns && v->f->tries &&
 	    (sys_now_ns() - v->f->t_ns > r->deadline_ns || uvm_interrupt_pending(v->f->tid)))
 		flags |= UVM_FLAG_DEADLINE;
+	if (v->f->kind == UVM_KIND_MINOR && r->cache)
+		uvm_cache_adopt(r->cache, r->pgoff + v->index);
 	v->orig_pte = uvm_walk(r, v->index, v->f->kind, &flags);
+	if (v->f->kind == UVM_KIND_MISSING && flags & UVM_FLAG_CACHED) {
+		/* Filled meanwhile, or lost from the memfd behind our back: then it is absent. */
+		uvm_cache_disown(r->cache, r->pgoff + v->index);
+		flags &= ~(unsigned)UVM_FLAG_CACHED;
+		v->orig_pte = uvm_walk(r, v->index, v->f->kind, &flags);
+	}
 	if (v->orig_pte == UVM_PTE_BUSY)
 		flags |= UVM_FLAG_PAGE_BUSY;
 	return flags;

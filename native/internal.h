@@ -121,6 +121,11 @@ bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_bac
 void uvm_cache_uncharge(struct uvm_cache *c, uint64_t nr_pages);
 void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
 bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index);
+/* The kernel says (a MINOR fault) that it has a page where our word says absent: its truth wins. */
+void uvm_cache_adopt(struct uvm_cache *c, uint64_t index);
+/* Whether the memfd has the page; and what follows from a MISSING fault where it has not. */
+bool uvm_cache_has(struct uvm_cache *c, uint64_t index);
+void uvm_cache_disown(struct uvm_cache *c, uint64_t index);
 int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
 /* wait: also for pages that another process is filling, as flush() must; reclaim, which holds pages that
  * it is filling itself, must not. */

@@ -106,6 +106,8 @@ class Region:
         if self.private_pages:
             return _BUSY if cache.is_being_read(self.pgoff + index) else pte
         folio = cache.state(self.pgoff + index)
+        if kind == _MINOR and (folio in _ABSENT or folio == _FILLING):
+            folio = cache.adopt(self.pgoff + index)
         if folio in _ABSENT:
             return _NONE
         if folio == _FILLING:

@@ -213,9 +213,7 @@ class PageCache:
         self.reads: dict[int, Read] = {}  # in flight, or complete and not yet taken, by folio
         self._nr_jobs = 0
         self._nr_writing = 0  # writes of ours that are under way
-        self._writing: Event | None = (
-            None  # happens when the write-back that is under way has ended
-        )
+        self.writing: Event | None = None  # happens when the write-back that is under way has ended
         self._seen_wb_err = self._ctl[_WB_ERR_SEQ]
         self._extents: deque[tuple[int, int]] = deque()  # in the order they were filled
         self._take_over()
@@ -255,6 +253,16 @@ class PageCache:
             return _ABSENT
         writable = fcntl.fcntl(self.file_fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
         return _DIRTY if writable else _UPTODATE
+
+    def adopt(self, index: int) -> int:
+        """The kernel says that it has a page where our word says absent: its truth wins, if it still is
+        there (the message may be older than an eviction). Returns the state."""
+        if not self.is_being_read(index):
+            state = self._state_of_what_is_there(index)
+            if state != _ABSENT:
+                self.set_state(index, 1, state)
+                self._note_extent(index, 1)
+        return self.state(index)
 
     # --- folio words ----------------------------------------------------------------------------
 
@@ -372,6 +380,10 @@ class PageCache:
         the cap gives way."""
         return self._ctl[_NR_ATTACHED] > 1
 
+    @property
+    def cap_pages(self) -> int:
+        return self._ctl[_CAP]
+
     def room_for(self, nr_pages: int) -> bool:
         if self.out_of_reach:
             return True
@@ -433,8 +445,8 @@ class PageCache:
         while folio < end:
             # One write at a time: an older copy must never land over a newer one, and what another
             # task is writing is on the disk before we say so.
-            while self._writing is not None:
-                yield self._writing
+            while self.writing is not None:
+                yield self.writing
             first = folio
             while folio < end and folio - first < WRITEBACK_PAGES and self.state(folio) == _DIRTY:
                 folio += 1
@@ -442,11 +454,11 @@ class PageCache:
                 folio += 1
                 continue
             written += folio - first
-            done = self._writing = Event()
+            done = self.writing = Event()
             try:
                 yield from self._write_back_run(first, folio - first, protect)
             finally:
-                self._writing = None
+                self.writing = None
                 done.happen()
         return written
 

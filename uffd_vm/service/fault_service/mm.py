@@ -39,7 +39,7 @@ _PGSTEAL = int(Counter.pgsteal)
 _WRITEBACK, _BYTES_WRITTEN = int(Counter.writeback), int(Counter.bytes_written)
 
 _EHWPOISON = 133
-_ROOM_TRIES = 1000  # of a millisecond
+_ROOM_TRIES = 10_000  # of a millisecond
 _SEQUENTIAL, _RANDOM = 1, 2  # enum uvm_advice
 _INTERRUPT_AFTER_NS = 200_000_000
 _INTERRUPT_LOOK_MS = 100
@@ -209,6 +209,7 @@ class Mm:
         """Makes [index, index + nr_pages) present. The OSError of a failure has `failed_index`."""
         handle, generation = region.handle, region.generation
         at, end, loaded = index, min(index + nr_pages, region.nr_pages), 0
+        tries = 0
         while at < end:
             region = self.live(handle, generation)
             state = region.walk(at, _MISSING)
@@ -225,12 +226,13 @@ class Mm:
             read = cache.reads.get(region.pgoff + at)
             if read is None:
                 limit = min(_LOAD_PAGES, max(region.fault_around_pages, end - at))
+                limit = min(limit, max(1, cache.cap_pages // 4))  # more would never fit
                 _, last = region.absent_run(at, 1 << (limit - 1).bit_length())
                 last = min(last, end) if end - at >= region.fault_around_pages else last
                 nr = last - at
                 if not cache.room_for(nr) and not cache.shrink(nr):
                     nr = 1
-                tries = 0
+                waited = False
                 while not cache.room_for(nr):
                     event = self.start_write_back(cache)
                     if event is None:  # what is charged is on its way in or out
@@ -239,8 +241,11 @@ class Mm:
                             raise _failed(errno.ENOMEM, at)
                         event = self.after(1_000_000)
                     yield event
+                    waited = True
                     region = self.live(handle, generation)
                     cache.shrink(nr)
+                if waited:
+                    continue  # everything may be different now
                 if not cache.absent(region.pgoff + at):
                     continue
                 read = cache.start_read(region.pgoff + at, nr)
@@ -299,6 +304,8 @@ class Mm:
         event = self._write_backs.get(cache)
         if event is not None:
             return event
+        if cache.writing is not None:
+            return cache.writing
         dirty = cache.oldest_dirty()
         if dirty is None:
             return next((read for read in cache.reads.values() if not read.happened), None)
