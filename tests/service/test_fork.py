@@ -1,0 +1,570 @@
+"""fork(): what a child finds, by every way there is to make one, and what its parent keeps.
+
+Each test forks in a child of the test process, so that a hang or a crash of a forked process is this
+child's, and its exit status says what happened. Children report by exit status and by a pipe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import uffd_vm as uv
+from tests.conftest import missing_requirement
+from tests.support import Touch, fork_and_ask, in_thread, run_in_child, wait_until
+from uffd_vm.fault.pte import FolioState
+from uffd_vm.kernel._lib import ffi, lib
+from uffd_vm.kernel.features import Feature
+from uffd_vm.page import PAGE_SIZE
+from uffd_vm.testing.inject import inject
+from uffd_vm.testing.invariants import check_all
+from uffd_vm.testing.strategies import pattern
+
+NR_PAGES = 64
+DATA = pattern(NR_PAGES * PAGE_SIZE)
+KINDS = ("anonymous", "anonymous tracked", "r", "c", "c tracked", "r+")
+SHARED = ("r", "r+")
+
+
+@pytest.fixture(autouse=True)
+def _userfaultfd() -> None:
+    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
+        pytest.skip(reason)
+
+
+@contextmanager
+def mapped(kind: str, **options: Any) -> Iterator[tuple[uv.Region, Path]]:
+    """A region of the kind, its first half touched; anonymous ones are filled with the same bytes."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(DATA)
+        track = kind.endswith("tracked") or kind == "r+"
+        options.setdefault("service", "native")
+        if kind.startswith("anonymous"):
+            region = uv.anonymous(len(DATA), track=track, **options)
+            with region.buffer as buffer:
+                buffer[: len(DATA) // 2] = DATA[: len(DATA) // 2]
+        else:
+            options.setdefault("readahead_bytes", 0)  # the second half stays missing
+            region = uv.map(path, kind.split()[0], track=track, **options)
+            with region.buffer as buffer:
+                assert bytes(buffer[: len(DATA) // 2]) == DATA[: len(DATA) // 2]
+        with region:
+            yield region, path
+
+
+def expected(kind: str) -> bytes:
+    half = len(DATA) // 2
+    return DATA[:half] + bytes(half) if kind.startswith("anonymous") else DATA
+
+
+def content_is_right(region: uv.Region, kind: str) -> bytes:
+    with region.buffer as buffer:
+        got = bytes(buffer)
+    want = expected(kind)
+    if got == want:
+        return b"right"
+    wrong = next(i for i in range(len(want)) if got[i] != want[i])
+    return f"byte {wrong} (page {wrong // PAGE_SIZE}) is {got[wrong]:#x}".encode()
+
+
+def work_in_child(region: uv.Region, kind: str) -> bytes:
+    """Reads all, writes where it may, reads that back."""
+    answer = content_is_right(region, kind)
+    if kind != "r":
+        with region.buffer as buffer:
+            for page in range(0, NR_PAGES, 5):
+                buffer[page * PAGE_SIZE] = 0xEE
+            assert all(buffer[p * PAGE_SIZE] == 0xEE for p in range(0, NR_PAGES, 5))
+    return answer
+
+
+def parents_view_is_right(region: uv.Region, kind: str) -> None:
+    want = bytearray(expected(kind))
+    if kind == "r+":
+        for page in range(0, NR_PAGES, 5):
+            want[page * PAGE_SIZE] = 0xEE
+    with region.buffer as buffer:
+        assert bytes(buffer) == want
+    check_all(region)
+
+
+# --- every way to fork ------------------------------------------------------------------------------
+
+
+def in_child_os_fork(kind: str) -> None:
+    with mapped(kind) as (region, path):
+        status, answer = fork_and_ask(lambda: work_in_child(region, kind))
+        assert (status, answer) == (0, b"right")
+        parents_view_is_right(region, kind)
+        region.flush()
+        if kind == "r+":
+            assert path.read_bytes()[0] == 0xEE
+        else:
+            assert path.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_os_fork(kind: str) -> None:
+    run_in_child(in_child_os_fork, kind)
+
+
+def in_child_libc_fork(kind: str) -> None:
+    with mapped(kind) as (region, _path):
+        libc = ctypes.PyDLL(None)  # keeps the GIL, as os.fork() does
+        reader, writer = os.pipe()
+        pid = libc.fork()
+        if pid == 0:
+            try:
+                os.write(writer, work_in_child(region, kind))
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+                os._exit(1)
+        os.close(writer)
+        assert os.read(reader, 100) == b"right"
+        os.close(reader)
+        assert os.waitpid(pid, 0)[1] == 0
+        parents_view_is_right(region, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_libc_fork(kind: str) -> None:
+    run_in_child(in_child_libc_fork, kind)
+
+
+_region: Any = None
+
+
+def _pool_work(page: int) -> int:
+    return _region.buffer[page * PAGE_SIZE]
+
+
+def in_child_pool(kind: str) -> None:
+    global _region
+    with mapped(kind) as (region, _path):
+        _region = region
+        with multiprocessing.get_context("fork").Pool(3) as pool:
+            got = pool.map(_pool_work, range(NR_PAGES))
+            pool.close()
+            pool.join()
+        assert bytes(got) == expected(kind)[::PAGE_SIZE]
+        _region = None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_multiprocessing_pool(kind: str) -> None:
+    run_in_child(in_child_pool, kind)
+
+
+def in_child_fork_from_a_thread(kind: str) -> None:
+    with mapped(kind) as (region, _path):
+        status, answer = in_thread(fork_and_ask, lambda: work_in_child(region, kind))(20)
+        assert (status, answer) == (0, b"right")
+        parents_view_is_right(region, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_from_a_worker_thread(kind: str) -> None:
+    run_in_child(in_child_fork_from_a_thread, kind)
+
+
+def in_child_nested(kind: str) -> None:
+    def child() -> bytes:
+        first = content_is_right(region, kind)
+        status, second = fork_and_ask(grandchild)
+        assert status == 0
+        return first + second
+
+    def grandchild() -> bytes:
+        status, third = fork_and_ask(lambda: work_in_child(region, kind))
+        assert status == 0
+        return content_is_right(region, kind) + third if kind != "r+" else b"right" + third
+
+    with mapped(kind) as (region, _path):
+        assert fork_and_ask(child) == (0, b"right" * 3)
+        parents_view_is_right(region, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_forks(kind: str) -> None:
+    run_in_child(in_child_nested, kind)
+
+
+def in_child_subprocess() -> None:
+    with ExitStack() as stack:
+        regions = [stack.enter_context(mapped(kind))[0] for kind in KINDS]
+        assert subprocess.run(["true"], check=True).returncode == 0
+        assert subprocess.check_output([sys.executable, "-c", "print(7)"]).strip() == b"7"
+        pid = os.posix_spawn("/bin/true", ["true"], {})
+        assert os.waitpid(pid, 0)[1] == 0
+        subprocess.run(["true"], check=True, preexec_fn=lambda: None)  # a real fork
+        for region, kind in zip(regions, KINDS, strict=True):
+            assert content_is_right(region, kind) == b"right"
+
+
+def test_subprocess_and_posix_spawn_are_not_disturbed() -> None:
+    run_in_child(in_child_subprocess)
+
+
+# --- ways that run no handlers ----------------------------------------------------------------------
+
+
+def in_child_raw_fork(kind: str, how: str) -> int:
+    with mapped(kind) as (region, _path):
+        libc = ctypes.PyDLL(None)
+        buffer = region.buffer
+        reader, writer = os.pipe()
+        if how == "_Fork":
+            pid = libc._Fork()
+        else:
+            pid = libc.syscall(
+                57 if sys.platform == "linux" and os.uname().machine == "x86_64" else -1
+            )
+        if pid == 0:
+            os.write(writer, bytes([buffer[len(DATA) - 5], buffer[5]]))
+            os._exit(0)
+        os.close(writer)
+        got = os.read(reader, 2)
+        os.close(reader)
+        _, status = os.waitpid(pid, 0)
+        buffer.release()
+        assert content_is_right(region, kind) == b"right", "the parent is not disturbed"
+        if got:
+            assert got[1] == expected(kind)[5], "what was there is there"
+            return got[0]
+        return -os.WTERMSIG(status)
+
+
+@pytest.mark.parametrize("how", ["_Fork", "syscall"])
+@pytest.mark.parametrize("kind", [*SHARED, "c", "anonymous"])
+def test_a_fork_without_handlers_has_no_regions(kind: str, how: str) -> None:
+    if how == "_Fork" and not hasattr(ctypes.CDLL(None), "_Fork"):
+        pytest.skip("no _Fork() in this C library (glibc 2.34 has it)")
+    if how == "syscall" and os.uname().machine != "x86_64":
+        pytest.skip("no fork system call on this machine")
+    assert run_in_child(in_child_raw_fork, kind, how).value == -signal.SIGSEGV
+
+
+# --- forks while things happen ----------------------------------------------------------------------
+
+
+def in_child_fork_while_threads_fault(kind: str, seconds: float) -> int:
+    stop = threading.Event()
+    with mapped(kind, fault_around_bytes=PAGE_SIZE) as (region, _path):
+        want = expected(kind)
+        address = region.address
+
+        def touch(offset: int) -> None:
+            buffer = ctypes.create_string_buffer(1)
+            while not stop.is_set():
+                for page in range(NR_PAGES):
+                    ctypes.memmove(buffer, address + page * PAGE_SIZE + offset, 1)
+                    assert buffer.raw[0] == want[page * PAGE_SIZE + offset]
+
+        def churn() -> None:
+            while not stop.is_set():
+                region.evict()
+                region.flush()
+                if region._tracked:
+                    region.protect()
+
+        workers = [in_thread(touch, 8 + i) for i in range(3)] + [in_thread(churn)]
+        nr_forks, end = 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            status, answer = fork_and_ask(lambda: content_is_right(region, kind))
+            assert (status, answer) == (0, b"right"), (nr_forks, status, answer)
+            nr_forks += 1
+        stop.set()
+        for finish in workers:
+            finish()
+        check_all(region)
+        return nr_forks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forks_while_threads_fault_evict_flush_and_protect(kind: str) -> None:
+    assert run_in_child(in_child_fork_while_threads_fault, kind, 1.0, timeout=40).value > 3
+
+
+def in_child_all_write(cap_pages: int) -> None:
+    """Parent and child store into different pages, both flush, under a cap smaller than what is dirty."""
+    with mapped("r+", cap=cap_pages * PAGE_SIZE, fault_around_bytes=PAGE_SIZE) as (region, path):
+
+        def store(first: int, value: int) -> bytes:
+            with region.buffer as buffer:
+                for page in range(first, NR_PAGES, 2):
+                    buffer[page * PAGE_SIZE + 9] = value
+            region.flush()
+            return b"stored"
+
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.write(writer, store(1, 0xC1))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        store(0, 0xA1)
+        os.close(writer)
+        assert os.read(reader, 10) == b"stored"
+        os.close(reader)
+        assert os.waitpid(pid, 0)[1] == 0
+        want = bytearray(DATA)
+        want[9 :: 2 * PAGE_SIZE] = b"\xa1" * (NR_PAGES // 2)
+        want[PAGE_SIZE + 9 :: 2 * PAGE_SIZE] = b"\xc1" * (NR_PAGES // 2)
+        with region.buffer as buffer:
+            assert bytes(buffer) == want
+        assert path.read_bytes() == want, "both flushed before they said so"
+        region.flush()
+        wait_until(
+            lambda: region.residency().dirty_bytes == 0, "all is clean once the child is gone"
+        )
+        region.evict()
+        with region.buffer as buffer:
+            assert bytes(buffer) == want
+        check_all(region)
+
+
+@pytest.mark.parametrize("cap_pages", [8, 1024], ids=["tight cap", "no pressure"])
+def test_parent_and_child_write_one_file_and_nothing_is_lost(cap_pages: int) -> None:
+    run_in_child(in_child_all_write, cap_pages)
+
+
+def in_child_tracking(kind: str) -> None:
+    with mapped(kind) as (region, _path):
+        region.protect()
+
+        def child() -> bytes:
+            assert region.dirty() == [] or kind == "r+"
+            with region.buffer as buffer:
+                buffer[3 * PAGE_SIZE] = 1
+                buffer[(NR_PAGES - 1) * PAGE_SIZE] = 1
+            found = region.dirty()
+            last = ((NR_PAGES - 1) * PAGE_SIZE, NR_PAGES * PAGE_SIZE)
+            return (
+                b"seen" if found == [(3 * PAGE_SIZE, 4 * PAGE_SIZE), last] else repr(found).encode()
+            )
+
+        assert fork_and_ask(child) == (0, b"seen")
+        assert region.dirty() == [], "the child's stores are its own"
+        with region.buffer as buffer:
+            buffer[5 * PAGE_SIZE] = 1
+        assert region.dirty() == [(5 * PAGE_SIZE, 6 * PAGE_SIZE)]
+
+
+@pytest.mark.parametrize("kind", ["anonymous tracked", "c tracked", "r+"])
+def test_tracking_goes_on_in_the_child(kind: str) -> None:
+    run_in_child(in_child_tracking, kind)
+
+
+def in_child_dead_filler() -> None:
+    """The parent is killed in the middle of a fill; the child that shares its cache needs the page."""
+    with mapped("r", fault_around_bytes=PAGE_SIZE, deadline=20.0) as (region, _path):
+        page = NR_PAGES - 3
+        reader, writer = os.pipe()
+        parent = os.fork()
+        if parent == 0:  # the one that will be killed, and its child
+            os.close(reader)
+            child = os.fork()
+            if child == 0:
+                try:
+                    folios = region._ops.cache.folios
+                    wait_until(lambda: folios(page, 1)[0] & 0xFF == FolioState.FILLING)
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    with region.buffer as buffer:
+                        got = buffer[page * PAGE_SIZE]
+                    os.write(writer, b"right" if got == DATA[page * PAGE_SIZE] else b"wrong")
+                except BaseException as error:
+                    os.write(writer, repr(error).encode())
+                os._exit(0)
+            lib.uvm_inject(lib.UVM_OP_PREAD_NOWAIT, 0, 1 << 40, errno.EAGAIN, 0)
+            lib.uvm_inject(lib.UVM_OP_PREAD, 0, 1, 0, 60 * 10**9)
+            region.buffer[page * PAGE_SIZE]
+            os._exit(3)
+        os.close(writer)
+        answer = b""
+        while chunk := os.read(reader, 1000):
+            answer += chunk
+        os.close(reader)
+        assert answer == b"right", answer
+        assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -signal.SIGKILL
+        with region.buffer as buffer:
+            assert bytes(buffer) == DATA
+        check_all(region)
+
+
+def test_a_child_takes_over_from_a_filler_that_was_killed() -> None:
+    run_in_child(in_child_dead_filler)
+
+
+# --- what is left -----------------------------------------------------------------------------------
+
+
+def _counts() -> tuple[int, int, dict[str, int]]:
+    stats = ffi.new("struct uvm_process_stats *")
+    lib.uvm_process_stats(stats)
+    names = [name for name, _ in ffi.typeof("struct uvm_process_stats").fields]
+    return (
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir("/proc/self/task")),
+        {name: getattr(stats, name) for name in names if name != "nr_forked"},
+    )
+
+
+def in_child_leaks(kind: str) -> None:
+    """The child closes what it inherited; then it holds what it held before there was a region."""
+    before = _counts()
+    with mapped(kind) as (region, _path):
+        open_counts = _counts()
+
+        def child() -> bytes:
+            work_in_child(region, kind)
+            assert _counts()[2]["nr_regions"] == open_counts[2]["nr_regions"]
+            region.close()
+            wait_until(lambda: _counts()[2]["nr_caches"] == 0, f"caches freed: {_counts()}")
+            stats = _counts()[2]
+            fds = sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in _fds())
+            ours = [
+                name
+                for name in fds
+                if "userfaultfd" in name or "uffd_vm" in name or "data.bin" in name
+            ]
+            return repr((stats["nr_regions"], stats["nr_threads"], stats["nr_fds"], ours)).encode()
+
+        for _ in range(3):
+            assert fork_and_ask(child) == (0, b"(0, 0, 0, [])")
+        wait_until(lambda: _counts() == open_counts, f"{_counts()} as {open_counts}")
+        parents_view_is_right(region, kind)
+    wait_until(lambda: _counts() == before, f"{_counts()} as {before}")
+
+
+def _fds() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_children_leave_nothing_behind_and_inherit_no_leak(kind: str) -> None:
+    run_in_child(in_child_leaks, kind)
+
+
+def in_child_fork_with_many_regions() -> float:
+    with ExitStack() as stack:
+        regions = [stack.enter_context(uv.anonymous(2 * PAGE_SIZE)) for _ in range(1000)]
+        for i, region in enumerate(regions):
+            region.buffer[0] = i % 251
+        start = time.monotonic()
+
+        def child() -> bytes:
+            for i, region in enumerate(regions):
+                assert region.buffer[0] == i % 251 and region.buffer[PAGE_SIZE] == 0
+            return b"right"
+
+        assert fork_and_ask(child) == (0, b"right")
+        return time.monotonic() - start
+
+
+def test_a_fork_with_a_thousand_regions() -> None:
+    assert run_in_child(in_child_fork_with_many_regions).value < 5
+
+
+def in_child_fork_while_closing() -> int:
+    """Another thread maps and closes all the time; plain memory that lands in the same places is the
+    program's, in the child too."""
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(DATA)
+
+        def churn() -> None:
+            while not stop.is_set():
+                for mode in ("r", "r+", "c"):
+                    try:
+                        with uv.map(path, mode, service="native") as region:
+                            assert region.buffer[0] == DATA[0]
+                    except uv.RegionBusyError:
+                        pass  # a child that was forked meanwhile lives, and shares the file's lock
+                plain = bytearray(len(DATA) * 8)  # mmapped by malloc
+                plain[::PAGE_SIZE] = b"p" * (NR_PAGES * 8)
+
+        def child() -> bytes:
+            plain = bytearray(len(DATA) * 8)
+            plain[::PAGE_SIZE] = b"q" * (NR_PAGES * 8)
+            with uv.map(path, "c", service="native") as own:
+                return b"right" if bytes(own.buffer) == DATA and plain.count(b"q") else b"wrong"
+
+        worker = in_thread(churn)
+        nr_forks, end = 0, time.monotonic() + 1.5
+        while time.monotonic() < end:
+            assert fork_and_ask(child) == (0, b"right")
+            nr_forks += 1
+        stop.set()
+        worker()
+        return nr_forks
+
+
+def test_forks_while_another_thread_maps_and_closes() -> None:
+    result = run_in_child(in_child_fork_while_closing, timeout=40)
+    assert result.value > 3
+    assert "made inaccessible" not in result.stderr
+
+
+def in_child_bytes_in_flight() -> None:
+    """A slow read is under way in the parent while it forks: the child waits for it, or reads itself."""
+    with mapped("r", fault_around_bytes=PAGE_SIZE) as (region, _path):
+        page = NR_PAGES - 1
+        lib.uvm_inject(lib.UVM_OP_PREAD_NOWAIT, 0, 1 << 40, errno.EAGAIN, 0)
+        with inject("PREAD", delay=0.5):
+            touch = Touch(region.address + page * PAGE_SIZE)
+            folios = region._ops.cache.folios
+            wait_until(lambda: folios(page, 1)[0] & 0xFF == FolioState.FILLING)
+            answer = fork_and_ask(lambda: content_is_right(region, "r"))
+            assert answer == (0, b"right")
+            assert touch.finish() == DATA[page * PAGE_SIZE]
+        assert content_is_right(region, "r") == b"right"
+
+
+def test_a_fork_while_a_read_is_under_way() -> None:
+    run_in_child(in_child_bytes_in_flight)
+
+
+# --- Python's own opinion ---------------------------------------------------------------------------
+
+
+def in_child_warning() -> list[str]:
+    with mapped("r"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+    return [str(w.message) for w in caught if issubclass(w.category, DeprecationWarning)]
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="Python warns of forks with threads from 3.12 on"
+)
+def test_python_warns_of_a_fork_with_our_threads_and_goes_on() -> None:
+    """It counts the threads of the process, ours too, in the parent after the fork. Ours are handled by
+    fork handlers, so the warning says nothing about lazy memory; programs may filter it."""
+    said = run_in_child(in_child_warning).value
+    assert len(said) == 1 and "multi-threaded" in said[0]
