@@ -224,7 +224,8 @@ static void fork_while_busy(int kind, int nr_forks)
 int main(void)
 {
 #ifdef __SANITIZE_THREAD__
-	puts("TSan gives up on children that start threads (\"dup thread with used id\"); ASan runs this");
+	puts("TSan gives up on children that start threads (\"dup thread with used id\"); ASan "
+	     "runs this");
 	return 77;
 #endif
 	alarm(110);

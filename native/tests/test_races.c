@@ -127,7 +127,9 @@ static void run(int kind, uint64_t cap_pages)
 			   counter(&race.r, UVM_COUNTER_PGMINFAULT));
 	if (kind_of_file(kind) && kind != FILE_C_TRACKED) { /* charged if and only if there */
 		struct uvm_cache_ctl *ctl = uvm_cache_ctl(race.r.cache);
-		for (int i = 0; i < 2000 && LOAD(ctl->nr_used) != (uint64_t)uvm_region_resident(race.r.handle); i++)
+		for (int i = 0;
+		     i < 2000 && LOAD(ctl->nr_used) != (uint64_t)uvm_region_resident(race.r.handle);
+		     i++)
 			usleep(1000);
 		CHECK_EQ(LOAD(ctl->nr_used), uvm_region_resident(race.r.handle));
 	}
