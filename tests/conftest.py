@@ -1,6 +1,6 @@
 """Markers, skips with a reason and a cure, and the check that no test leaves anything behind.
 
-UFFD_VM_REQUIRE=all turns skips into failures (a module that is not installed excepted): where all
+UFFD_VM_REQUIRE=all turns skips into failures (a module that is not installed, or an older Python, excepted): where all
 kernel features and permissions must be there, nothing may be skipped unseen.
 """
 
@@ -91,7 +91,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
     if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
         reason = str(call.excinfo.value) if call.excinfo else "skipped"
-        if not re.search(r"could not import", reason):
+        if not re.search(r"could not import|from 3\.12 on", reason):
             report.outcome = "failed"
             report.longrepr = f"UFFD_VM_REQUIRE=all, but skipped: {reason}"
     return report

@@ -293,6 +293,8 @@ USED_BY = {
     "PAGEMAP_SCAN": ("anonymous tracked",),
     "MEMFD": ("r", "r+"),
 }
+#: Calls on which every fault depends: more of them in the quick part.
+HOT = frozenset({"COPY", "CONTINUE", "WRITEPROTECT"})
 #: Calls that this workload must have made.
 MADE = frozenset(OPS) - {"POISON", "UNREGISTER", "PAGEMAP_SCAN", "PREAD"}
 
@@ -305,18 +307,11 @@ def _cases() -> list[Any]:
                 for persistent in (False, True):
                     if persistent and (op, code) in ENDS_BY_ITSELF:
                         continue
-                    # The quick part: each call, with its first two answers, on some kinds.
-                    quick = number < 2 and (
+                    # The quick part: each call, with its first answer, on some kinds.
+                    quick = number < (2 if op in HOT else 1) and (
                         kind in ("anonymous tracked", "c", "r+") or op in ("ZEROPAGE", "POISON")
                     )
-                    if op not in (
-                        "COPY",
-                        "CONTINUE",
-                        "WRITEPROTECT",
-                        "WAKE",
-                        "PWRITE",
-                        "PREAD_NOWAIT",
-                    ):
+                    if op not in HOT:
                         quick = quick and not persistent
                     how = "for good" if persistent else "once"
                     cases.append(
