@@ -621,59 +621,82 @@ static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f,
 	return done;
 }
 
-/* ondemand_readahead(): the window of a fault, and what to read ahead of it. The page behind a window
- * stays absent as a marker (PG_readahead): its cheap fault keeps the next window on its way. */
-static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, bool *sequential)
+/* How many blocks are kept on their way ahead of the one that is being read: while the toucher waits for
+ * one, the next keeps the other worker at work. */
+enum { READAHEAD_BLOCKS = 2 };
+
+/* The page where the block of `nr_pages` (a power of two) behind `index` starts. Blocks are aligned in the
+ * address space, so that none crosses a page-table lock. */
+static uint64_t next_block(const struct uvm_region *r, uint64_t index, uint64_t nr_pages)
+{
+	uint64_t vpn = uvm_region_addr(r, index) >> UVM_PAGE_SHIFT;
+	return index + nr_pages - (vpn & (nr_pages - 1));
+}
+
+/* ondemand_readahead(): what a fault brings by itself (fault-around), and whether it is one of a sequential
+ * reader: then *block says how much to read ahead at a time, twice as much as the last time. */
+static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, uint64_t *block)
 {
 	uint64_t around = r->fault_around_pages;
 	uint64_t advice = __atomic_load_n(&r->ctl->advice, __ATOMIC_RELAXED);
+	uint64_t marker = atomic_load_explicit(&r->ra_marker, memory_order_relaxed);
+	uint64_t end = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
+	bool sequential = r->readahead_pages > 1 && advice != UVM_ADVICE_RANDOM &&
+			  (advice == UVM_ADVICE_SEQUENTIAL || index == marker ||
+			   (index > marker && index < end)); /* jumped, or lost the page again */
 
-	*sequential = r->readahead_pages > 1 && advice != UVM_ADVICE_RANDOM &&
-		      (advice == UVM_ADVICE_SEQUENTIAL ||
-		       index == atomic_load_explicit(&r->ra_next, memory_order_relaxed));
 	if (advice == UVM_ADVICE_RANDOM)
 		around = 1;
 	w->index = index & ~(around - 1);
 	w->nr_pages = around;
-	if (*sequential) {
-		uint32_t size = atomic_load_explicit(&r->ra_window, memory_order_relaxed) * 2;
-		if (advice == UVM_ADVICE_SEQUENTIAL || size > r->readahead_pages)
-			size = r->readahead_pages;
-		if (size < around)
-			size = (uint32_t)around;
-		atomic_store_explicit(&r->ra_window, size, memory_order_relaxed);
-		w->index = index;
-		w->nr_pages = size;
+	*block = 0;
+	if (sequential) {
+		uint64_t size = 2 * atomic_load_explicit(&r->ra_block, memory_order_relaxed);
+		uint64_t most = r->readahead_pages;
+		if (r->cache->shared->ctl.cap_pages / 16 <
+		    most) /* several are under way at a time */
+			most = r->cache->shared->ctl.cap_pages / 16;
+		if (size > most || advice == UVM_ADVICE_SEQUENTIAL)
+			size = most;
+		*block = size > 1 ? 1ull << (63 - __builtin_clzll(size)) : 1;
 	} else {
-		atomic_store_explicit(&r->ra_window, (uint32_t)around, memory_order_relaxed);
-		atomic_store_explicit(&r->ra_async_end, 0, memory_order_relaxed);
+		atomic_store_explicit(&r->ra_end, 0, memory_order_relaxed);
 	}
+	atomic_store_explicit(&r->ra_block, (uint32_t)(*block ? *block : around),
+			      memory_order_relaxed);
 	window_clamp(r, index, w);
 }
 
-static void plan_next(struct uvm_region *r, const struct window *w, bool sequential)
+/* Queues the rest of the block and the next ones. The first page of each block stays absent as a marker
+ * (PG_readahead): its cheap fault keeps the blocks behind it on their way. */
+static void plan_next(struct uvm_region *r, uint64_t index, const struct window *w, uint64_t block)
 {
-	uint64_t end = w->index + w->nr_pages;
-	uint64_t async_end = atomic_load_explicit(&r->ra_async_end, memory_order_relaxed);
-	uint64_t marker = end > async_end ? end : async_end;
-	uint32_t size = atomic_load_explicit(&r->ra_window, memory_order_relaxed);
-
-	atomic_store_explicit(&r->ra_next, marker, memory_order_relaxed);
-	if (!sequential || marker + 1 >= r->nr_pages)
+	uint64_t from = w->index + w->nr_pages;
+	if (!block) {
+		atomic_store_explicit(&r->ra_marker, from, memory_order_relaxed);
 		return;
-	struct window ahead = {.index = marker + 1, .nr_pages = size};
-	window_clamp(r, marker + 1, &ahead);
-	/* In two pieces: two workers read and copy at the same time. */
-	uint64_t half = ahead.nr_pages >= 64 ? 128 : ahead.nr_pages, queued = 0;
-	while (queued < ahead.nr_pages &&
-	       uvm_queue_fill(uvm_region_handle(r), ahead.index + queued,
-			      half < ahead.nr_pages - queued ? half : ahead.nr_pages - queued) == 0)
-		queued += half;
-	if (queued) {
-		atomic_store_explicit(&r->ra_async_end, ahead.index + ahead.nr_pages,
-				      memory_order_relaxed);
-		uvm_count(r, UVM_COUNTER_READAHEAD, ahead.nr_pages);
 	}
+	uint64_t marker = next_block(r, index, block);
+	uint64_t stop = marker + READAHEAD_BLOCKS * block;
+	uint64_t end = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
+
+	atomic_store_explicit(&r->ra_marker, marker, memory_order_relaxed);
+	if (stop > r->nr_pages)
+		stop = r->nr_pages;
+	if (from < end)
+		from = end;
+	while (from < stop) {
+		uint64_t next = next_block(r, from, block), first = from;
+		if (first == next - block) /* the marker */
+			first++;
+		if (next > stop)
+			next = stop;
+		if (first < next && uvm_queue_fill(uvm_region_handle(r), first, next - first) < 0)
+			break; /* enough to do already */
+		uvm_count(r, UVM_COUNTER_READAHEAD, next - first);
+		from = next;
+	}
+	atomic_store_explicit(&r->ra_end, from, memory_order_relaxed);
 }
 
 static const struct uvm_row *around_row(const struct uvm_region *r)
@@ -686,11 +709,12 @@ static uint32_t act_read_folio(struct vm_fault *v)
 {
 	struct window w;
 	struct uvm_commit_end end = {0};
-	bool sequential, demand_ok = false;
+	bool demand_ok = false;
+	uint64_t block;
 
 	if (v->f->kind == UVM_KIND_MINOR)
 		return RESTART; /* the cache had it when the kernel asked; look again */
-	plan_window(v->region, v->index, &w, &sequential);
+	plan_window(v->region, v->index, &w, &block);
 	w.demand = v->index;
 	w.row = v->row;
 	w.around = around_row(v->region);
@@ -702,7 +726,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 		/* The page itself may be good where a neighbour is not. */
 		w.index = v->index;
 		w.nr_pages = 1;
-		sequential = false;
+		block = 0;
 		done = fill_window(v->x, v->f, &v->region, &w, &end, &demand_ok);
 		if (!v->region)
 			return wake(v);
@@ -723,7 +747,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 	v->nr_pages = (uint32_t)done;
 	if (w.nr_pages > 1)
 		uvm_count(v->region, UVM_COUNTER_MAP_AROUND, w.nr_pages - 1);
-	plan_next(v->region, &w, sequential);
+	plan_next(v->region, v->index, &w, block);
 	return v->row->result;
 }
 

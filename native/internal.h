@@ -163,8 +163,9 @@ struct uvm_region {
 	_Atomic uint8_t *touched; /* one byte per UVM_PAGE of ptes: something was ever set there */
 
 	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
-	_Atomic uint64_t ra_next, ra_async_end;
-	_Atomic uint32_t ra_window;
+	_Atomic uint64_t ra_marker; /* where a sequential reader faults next */
+	_Atomic uint64_t ra_end;    /* up to where reading ahead was asked for */
+	_Atomic uint32_t ra_block;  /* pages at a time */
 
 	/* The last failures, newest overwrites oldest; under failure_lock. */
 	pthread_mutex_t failure_lock;

@@ -428,9 +428,9 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	r->readahead_pages =
 		a->readahead_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->readahead_pages;
 	r->deadline_ns = a->deadline_ns;
-	atomic_store(&r->ra_next, UVM_NO_INDEX);
-	atomic_store(&r->ra_async_end, 0);
-	atomic_store(&r->ra_window, r->fault_around_pages);
+	atomic_store(&r->ra_marker, UVM_NO_INDEX);
+	atomic_store(&r->ra_end, 0);
+	atomic_store(&r->ra_block, r->fault_around_pages);
 	atomic_store(&r->nr_failures, 0);
 	memset(r->failures, 0, sizeof r->failures);
 	memset(&r->sticky, 0, sizeof r->sticky);
@@ -704,7 +704,7 @@ int uvm_region_advise(int64_t handle, int advice)
 	bool known = advice >= UVM_ADVICE_NORMAL && advice <= UVM_ADVICE_RANDOM;
 	if (known) {
 		__atomic_store_n(&r->ctl->advice, (uint64_t)advice, __ATOMIC_RELAXED);
-		atomic_store(&r->ra_next, UVM_NO_INDEX);
+		atomic_store(&r->ra_marker, UVM_NO_INDEX);
 	}
 	uvm_region_put(r);
 	return known ? 0 : -EINVAL;

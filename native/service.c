@@ -158,6 +158,7 @@ static uint64_t queue_head[2], queue_tail[2];
 static pthread_t workers[UVM_MAX_WORKERS];
 static int nr_workers;
 static bool workers_stop;
+static _Atomic int nr_jobs; /* queued or under way */
 
 static int queue_push(const struct job *job)
 {
@@ -167,6 +168,7 @@ static int queue_push(const struct job *job)
 		rc = -EAGAIN;
 	} else {
 		queue[which][queue_tail[which]++ % UVM_MAX_JOBS] = *job;
+		atomic_fetch_add(&nr_jobs, 1);
 		pthread_cond_signal(&queue_cond);
 	}
 	pthread_mutex_unlock(&queue_lock);
@@ -261,6 +263,7 @@ static void *worker_main(void *arg)
 		struct job job = queue[which][queue_head[which]++ % UVM_MAX_JOBS];
 		pthread_mutex_unlock(&queue_lock);
 		run_job(&x, &job);
+		atomic_fetch_sub(&nr_jobs, 1);
 		pthread_mutex_lock(&queue_lock);
 	}
 	pthread_mutex_unlock(&queue_lock);
@@ -290,6 +293,8 @@ static void workers_end(void)
 	workers_stop = true;
 	int n = nr_workers;
 	nr_workers = 0;
+	atomic_fetch_sub(&nr_jobs,
+			 (int)(queue_tail[0] - queue_head[0] + queue_tail[1] - queue_head[1]));
 	queue_head[0] = queue_tail[0] = queue_head[1] = queue_tail[1] = 0;
 	pthread_cond_broadcast(&queue_cond);
 	pthread_mutex_unlock(&queue_lock);
@@ -392,8 +397,10 @@ static void *fault_main(void *arg)
 	uint64_t spin_until = 0, next_tick = 0;
 	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
 		if (serve(&x, uffd, &fo) > 0) {
-			/* On the toucher's own CPU spinning would only keep it from running. */
-			spin_until = fo.pinned < 0 && spin_ns ? sys_now_ns() + spin_ns : 0;
+			/* On the toucher's own CPU spinning would only keep it from running, and next to
+			 * busy workers it would keep one of them from it. */
+			bool spin = spin_ns && fo.pinned < 0 && !atomic_load(&nr_jobs);
+			spin_until = spin ? sys_now_ns() + spin_ns : 0;
 		} else if (!spin_until || sys_now_ns() > spin_until) {
 			spin_until = 0;
 			wait_for_work(uffd, atomic_load(&nr_parked) > 0);
@@ -635,6 +642,7 @@ int uvm_service_child_uffds(void)
 	int first = 0;
 	nr_workers = 0;
 	queue_head[0] = queue_tail[0] = queue_head[1] = queue_tail[1] = 0;
+	atomic_store(&nr_jobs, 0);
 	atomic_store(&nr_parked, 0);
 	pthread_cond_init(&queue_cond, NULL);
 	pthread_mutex_unlock(&parked_lock);

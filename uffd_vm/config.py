@@ -91,7 +91,7 @@ class Options:
 
     service: str = "auto"
     fault_around_bytes: int = 64 << 10
-    readahead_bytes: int = 1 << 20
+    readahead_bytes: int = 2 << 20
     deadline: float = 30.0
     """Seconds until a fault that its source cannot answer becomes an error."""
     on_error: str = "raise"

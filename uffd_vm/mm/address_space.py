@@ -65,7 +65,7 @@ _SERVICE_KIND = {
     "inline": lib.UVM_SERVICE_INLINE,
 }
 _MAX_FAULT_AROUND = 2 << 20
-_MAX_READAHEAD = 4 << 20
+_MAX_READAHEAD = 2 << 20
 _MAX_DEADLINE = 366 * 86400.0
 #: How the kernel's own mmap is made for each mode: (flags, prot).
 _PLAIN = {
@@ -276,7 +276,7 @@ class AddressSpace:
                             "kernel": plain mmap. "auto": "kernel" where nothing below needs more
         offset, length      bytes of the file; offset page-aligned, length None: to its end
         fault_around_bytes  mapped around a touched page; a power of two, one page: off
-        readahead_bytes     largest read-ahead window; 0: off
+        readahead_bytes     largest block read ahead of a sequential reader; 0: off
         deadline            seconds until a fault that the file cannot answer becomes an error
         on_error            "raise" a typed exception in the touching thread, or leave it "sigbus"
         cap                 most bytes the file's page cache may hold: 4096, "2GiB", "50%" (the default)
