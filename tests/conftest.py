@@ -1,7 +1,7 @@
 """Markers, skips with a reason and a cure, and the check that no test leaves anything behind.
 
-UFFD_VM_REQUIRE=all turns skips into failures (a module that is not installed, or an older Python, excepted): where all
-kernel features and permissions must be there, nothing may be skipped unseen.
+UFFD_VM_REQUIRE=all turns skips into failures (a module that is not installed, or an older Python, excepted):
+where all kernel features and permissions must be there, nothing may be skipped unseen.
 """
 
 from __future__ import annotations

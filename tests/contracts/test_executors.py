@@ -251,7 +251,7 @@ def protect_then_write(t: Touched) -> None:
 
 
 def two_regions(t: Touched) -> None:
-    """The second region maps the same file: what one fills the other finds, in mode "r+" also what it stores."""
+    """The second region maps the same file: what one fills the other finds, in "r+" also what it stores."""
     if t.path is None:
         return
     with t.again() as other, other.buffer as beside:
