@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 
 import pytest
-from click.testing import CliRunner
 
 import uffd_vm as uv
-from uffd_vm.cli import main
 from uffd_vm.errors import FeatureUnavailable, InvalidArgument, PermissionUnavailable
 from uffd_vm.kernel import features
 from uffd_vm.kernel.features import ALL_FEATURES, LIBRARY_FEATURES, Feature, Probe, Way
@@ -149,44 +146,19 @@ def test_container_without_the_device_is_told_so(monkeypatch):
     assert any("--device /dev/userfaultfd" in command for c in cures for command in c.commands)
 
 
+def test_degraded_use_is_not_advised_to_whom_has_it():
+    refused = {Way.SYSCALL: errno.EPERM, Way.DEVICE: errno.EACCES}
+    commands = {
+        way: [
+            command
+            for cure in features.cures(found(way=way, refused=refused))
+            for command in cure.commands
+        ]
+        for way in (None, Way.USER_MODE_ONLY)
+    }
+    assert "export UFFD_VM_USER_MODE_ONLY=1" in commands[None]
+    assert commands[Way.USER_MODE_ONLY] == commands[None][:-1]
+
+
 def test_nothing_to_cure_where_all_works():
     assert features.cures(found()) == []
-
-
-# --- the doctor
-
-
-@pytest.mark.requires()
-def test_doctor_as_json_agrees_with_the_probe():
-    result = CliRunner().invoke(main, ["doctor", "--json"])
-    report = json.loads(result.output)
-    assert report["release"] == features.probe().release
-    assert report["mode"] == features.probe().way.value
-    assert report["self_test"] == "ok"
-    assert result.exit_code == report["exit_code"]
-    assert {row["name"] for row in report["library"]} == {f.name for f in LIBRARY_FEATURES}
-
-
-@pytest.mark.requires(ALL_FEATURES, "PAGEMAP_SCAN")
-def test_doctor_exit_status_is_1_when_a_feature_is_refused(monkeypatch):
-    assert CliRunner().invoke(main, ["doctor"]).exit_code == 0
-    monkeypatch.setenv("UFFD_VM_MASK_FEATURES", "POISON")
-    result = CliRunner().invoke(main, ["doctor"])
-    assert result.exit_code == 1
-    assert "lacking" in result.output and "POISON" in result.output
-
-
-def test_doctor_exit_status_is_2_without_userfaultfd(monkeypatch):
-    refused = {Way.SYSCALL: errno.EPERM, Way.DEVICE: errno.EACCES}
-    none = found(way=None, features=Feature(0), refused=refused)
-    monkeypatch.setattr(features, "probe", lambda **_: none)
-    result = CliRunner().invoke(main, ["doctor"])
-    assert result.exit_code == 2
-    assert "setfacl" in result.output and "vm.unprivileged_userfaultfd=1" in result.output
-
-
-def test_table_explains_a_decision():
-    result = CliRunner().invoke(main, ["table", "--explain", "missing", "read", "anon", "none"])
-    assert result.exit_code == 0 and "handle_mm_fault()" in result.output
-    wrong = CliRunner().invoke(main, ["table", "--explain", "missing", "read", "anon", "nonesuch"])
-    assert wrong.exit_code == 2 and "nonesuch" in wrong.output

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import sysconfig
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,44 +164,53 @@ def as_json(report: Report) -> str:
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Prints the report for people."""
+    """Prints the report for people. Made for 80 columns."""
     console = console or Console(highlight=False)
     out = console.print
-    mode = report.mode or "[bold red]not available[/]"
-    if report.degraded:
-        mode += " [yellow](degraded: system calls on missing pages fail with EFAULT)[/]"
+
+    def item(text: str, indent: int, style: str = "") -> None:
+        lines = textwrap.wrap(text, console.width - indent)
+        out(textwrap.indent("\n".join(lines), " " * indent), style=style, markup=False)
+
     out(f"Linux        {report.release}")
     out(f"Python       {report.python}")
-    out(f"userfaultfd  {mode}")
+    out(f"userfaultfd  {report.mode or '[bold red]not available[/]'}")
+    if report.degraded:
+        item("degraded: system calls on missing pages fail with EFAULT", 13, "yellow")
     out(f"self-test    {report.self_test}")
     if report.masked:
-        out(f"masked       {', '.join(report.masked)} [yellow](UFFD_VM_MASK_FEATURES)[/]")
+        out("masked       by UFFD_VM_MASK_FEATURES:")
+        item(", ".join(report.masked), 13, "yellow")
     if report.kernel_lacks:
-        out(f"lacking      {', '.join(report.kernel_lacks)}")
+        out("lacking      of what newer kernels have:")
+        item(", ".join(report.kernel_lacks), 13)
 
     if report.problems:
-        out("\n[bold]What to do[/], any one of these:")
+        aim = "For full userfaultfd" if report.degraded else "What to do"
+        out(f"\n[bold]{aim}[/], any one of these:")
         for cure in report.problems:
-            out(f"  {cure.problem}")
+            item(cure.problem, 2)
             for command in cure.commands:
                 out(f"      [bold]{command}[/]", soft_wrap=True)
 
     style = {WORKS: "green", FALLBACK: "yellow", REFUSED: "red"}
-    table = Table(title="\nWhat the library can do", title_justify="left", box=None, pad_edge=False)
-    table.add_column("feature", max_width=34)
+    out("\n[bold]What the library can do[/], here and on other kernels:")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("feature", no_wrap=True)
     table.add_column("here")
     for kernel in report.library[0].kernels:
         table.add_column(kernel)
-    table.add_column("without it")
+    without: dict[str, list[str]] = {}
     for row in report.library:
         cells = (row.here, *row.kernels.values())
-        all_work = set(cells) == {WORKS}
-        table.add_row(
-            row.name,
-            *(f"[{style[cell]}]{cell}[/]" for cell in cells),
-            "" if all_work else row.without,
-        )
+        table.add_row(row.name, *(f"[{style[cell]}]{cell}[/]" for cell in cells))
+        if set(cells) != {WORKS}:
+            without.setdefault(row.without, []).append(row.name.partition(":")[0])
     out(table)
+    if without:
+        out("where one does not work:")
+        for instead, names in without.items():
+            item(f"{', '.join(names)}: {instead}", 2)
     for note in report.notes:
         out(f"note: {note}")
     verdict = {
@@ -208,4 +218,4 @@ def show(report: Report, console: Console | None = None) -> None:
         1: "[yellow]Usable, with the limits above.[/]",
         2: "[red]userfaultfd cannot be used: see what to do above.[/]",
     }
-    out(verdict[report.exit_code])
+    out(f"\n{verdict[report.exit_code]}")

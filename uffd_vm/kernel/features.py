@@ -15,6 +15,7 @@ import enum
 import errno
 import functools
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,12 +207,10 @@ def cures(found: Probe) -> list[Cure]:
         ]
     result: list[Cure] = []
     if device == errno.EACCES:
-        result.append(
-            Cure(
-                "/dev/userfaultfd is not open to this user",
-                (f"sudo setfacl -m u:{os.geteuid()}:rw /dev/userfaultfd",),
-            )
-        )
+        command = f"sudo setfacl -m u:{os.geteuid()}:rw /dev/userfaultfd"
+        if shutil.which("setfacl") is None:
+            command += "   # setfacl: apt-get install acl"
+        result.append(Cure("/dev/userfaultfd is not open to this user", (command,)))
     if device in (errno.ENOENT, errno.EPERM) and _in_container():
         result.append(
             Cure(
@@ -240,7 +239,7 @@ def cures(found: Probe) -> list[Cure]:
                     ),
                 )
             )
-    if Way.USER_MODE_ONLY not in found.refused:
+    if Way.USER_MODE_ONLY not in found.refused and found.way is None:  # else it is opted into
         result.append(
             Cure(
                 "as a last resort, the degraded mode works: system calls on missing pages then fail "
@@ -326,12 +325,12 @@ _FAILABLE = (
 
 LIBRARY_FEATURES: tuple[LibraryFeature, ...] = (
     LibraryFeature(
-        "lazy files: uv.map(mode='r'), mode='c'",
+        "lazy files: uv.map(), modes r and c",
         Feature.MISSING_SHMEM | _FAILABLE,
         refusal="map with service='kernel', which is the kernel's own mmap",
     ),
     LibraryFeature(
-        "writable files: uv.map(mode='r+')",
+        "writable files: uv.map(), mode r+",
         Feature.MISSING_SHMEM
         | Feature.MINOR_SHMEM
         | Feature.PAGEFAULT_FLAG_WP
@@ -342,10 +341,10 @@ LIBRARY_FEATURES: tuple[LibraryFeature, ...] = (
     LibraryFeature(
         "anonymous memory: uv.anonymous()",
         Feature(0),
-        refusal="nothing else is needed",
+        refusal="np.zeros() gives the same memory, and nobody sees its faults",
     ),
     LibraryFeature(
-        "write tracking of private memory: track=True",
+        "write tracking: track=True",
         Feature.PAGEFAULT_FLAG_WP,
         refusal="do not ask for tracking",
     ),
