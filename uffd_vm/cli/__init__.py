@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import click
 
 from uffd_vm.errors import UffdVmError
@@ -43,24 +45,41 @@ def doctor_command(ctx: click.Context, as_json: bool) -> None:
     ctx.exit(report.exit_code)
 
 
-@main.command("table")
+class _TableCommand(click.Command):
+    """Its help lists the words that --explain takes, from the policy itself."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from uffd_vm.cli import table
+
+        with formatter.section("Words of --explain (docs/design.md says what they mean)"):
+            for what, names in table.words().items():
+                lines = textwrap.wrap(" ".join(names), formatter.width - 11, break_on_hyphens=False)
+                formatter.write(f"  {what:<9}" + ("\n" + 11 * " ").join(lines) + "\n")
+        with formatter.section("Examples"):
+            for example in (
+                "uffd-vm table --explain missing read shared-file none",
+                "uffd-vm table --explain wp write anon write-protected tracked",
+            ):
+                formatter.write_text(example)
+
+
+@main.command("table", cls=_TableCommand)
 @click.option(
     "--explain",
     nargs=4,
     metavar="KIND ACCESS BACKING PTE",
-    help="Walk one decision: missing read shared-file none",
+    help="Walk one decision: the functions of mm/memory.c, the row, the order of work.",
 )
 @click.argument("flags", nargs=-1)
 def table_command(explain: tuple[str, str, str, str] | None, flags: tuple[str, ...]) -> None:
-    """Print the fault table, or with --explain one decision of it, step by step.
-
-    FLAGS, for --explain: tracked, snapshot-held, cached, hook, huge-ok ...
-    """
+    """Print the fault table, or with --explain one decision of it, step by step."""
     from uffd_vm.cli import table
 
     if explain is None:
         if flags:
-            raise click.UsageError("flags are for --explain")
+            raise click.UsageError(
+                f"{flags[0]!r}: words are for --explain KIND ACCESS BACKING PTE [FLAGS]..."
+            )
         click.echo(table.render_table())
         return
     try:

@@ -11,7 +11,7 @@ from uffd_vm.fault.fault import Access, Backing, Fault, FaultFlag, FaultKind
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.table import golden
 
-__all__ = ["explain", "render_table"]
+__all__ = ["explain", "render_table", "words"]
 
 _E = TypeVar("_E", bound=enum.IntEnum)
 
@@ -22,7 +22,7 @@ def render_table() -> str:
 
 
 def explain(kind: str, access: str, backing: str, pte: str, flags: Iterable[str] = ()) -> str:
-    """The walk of one decision, as text. Names in any case, "-" for "_": "missing", "shared-file".
+    """The walk of one decision, as text. Names in any case, with "-" or "_": "shared-file".
 
     Raises ValueError for a name that there is not; its text lists those that there are.
     """
@@ -30,32 +30,47 @@ def explain(kind: str, access: str, backing: str, pte: str, flags: Iterable[str]
     for flag in flags:
         wanted |= _flag(flag)
     fault = Fault(
-        _member(FaultKind, "kind", kind),
-        _member(Access, "access", access),
-        _member(Backing, "backing", backing),
-        _member(PteState, "page state", pte),
+        _member(FaultKind, "KIND", kind),
+        _member(Access, "ACCESS", access),
+        _member(Backing, "BACKING", backing),
+        _member(PteState, "PTE", pte),
         wanted,
     )
     return str(walk(fault))
+
+
+def words() -> dict[str, list[str]]:
+    """What explain() takes, by argument."""
+    return {
+        "KIND": [_shown(kind.name) for kind in FaultKind],
+        "ACCESS": [_shown(access.name) for access in Access],
+        "BACKING": [_shown(backing.name) for backing in Backing],
+        "PTE": [_shown(state.name) for state in PteState],
+        "FLAGS": [_shown(str(flag.name)) for flag in FaultFlag],
+    }
 
 
 def _member(members: type[_E], what: str, name: str) -> _E:
     for member in members:
         if member.name == _key(name):
             return member
-    raise ValueError(_unknown(what, name, [m.name for m in members]))
+    raise ValueError(_unknown(what, name))
 
 
 def _flag(name: str) -> FaultFlag:
     for flag in FaultFlag:
         if flag.name == _key(name):
             return flag
-    raise ValueError(_unknown("flag", name, [str(f.name) for f in FaultFlag]))
+    raise ValueError(_unknown("FLAGS", name))
 
 
 def _key(name: str) -> str:
     return name.strip().upper().replace("-", "_")
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    return f"no {what} is called {name!r}; there are " + ", ".join(k.lower() for k in known)
+def _shown(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _unknown(what: str, name: str) -> str:
+    return f"{what}: {name!r} is none of {', '.join(words()[what])}"

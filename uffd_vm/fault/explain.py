@@ -60,7 +60,7 @@ class Walk:
             f"commit   {r.commit.name}",
             f"page     {'as it is' if r.next_pte is None else r.next_pte.name}",
             f"result   {describe(r.result)}{added}",
-            f"charge   {r.nr_charge} pages",
+            f"charge   {r.nr_charge} {'page' if r.nr_charge == 1 else 'pages'}",
             f"counters {' '.join(c.name for c in sorted(r.counters)) or 'none'}",
             "",
         ]
