@@ -164,12 +164,25 @@ class TraceRecord:
         return explain.explain(self)
 
     def __str__(self) -> str:
-        after = self.next_pte.name if self.next_pte is not None else "as it was"
         return (
             f"#{self.seq} page {self.index} tid {self.tid}: {self.kind.name} {self.access.name} of "
-            f"{self.backing.name} {self.pte.name} -> {after} [{describe(self.result)}] "
-            f"{self.latency_ns / 1e3:.1f} us, {self.nr_pages} pages: {' > '.join(self.steps)}"
+            f"{self.backing.name} {self.pte.name} -> {self._after} [{describe(self.result)}] "
+            f"{self.latency_ns / 1e3:.1f} us, {self.nr_pages} page{'' if self.nr_pages == 1 else 's'}: "
+            f"{' > '.join(self.steps)}"
         )
+
+    @property
+    def _after(self) -> str:
+        """What the page was when this ended, which is what was decided unless that could not be done."""
+        if self.settlement is Settlement.POISON:
+            return PteState.POISONED.name
+        if (
+            self.next_pte is None
+            or self.result & FaultResult.RETRY
+            or self.settlement is Settlement.DENY
+        ):
+            return "as it was"
+        return self.next_pte.name
 
 
 _RECORD = struct.Struct("<QQQIIIiIH10B")  # struct uvm_trace_record
