@@ -21,7 +21,7 @@ def run_demo(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", "uffd_vm.cli.demo", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), "COLUMNS": "120", "NO_COLOR": "1"},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "COLUMNS": "80", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -41,9 +41,11 @@ def test_makes_its_array_once_and_shows_every_step(tmp_path: Path) -> None:
     made = array.stat().st_mtime_ns
     for shown in (
         "first element", "random rows", "column 8", "Same values", ": yes", "resident", "latency p99",
-        "the file's own bytes are the same", "handle_mm_fault", "do_read_fault", "read the content",
+        "The file's own bytes are the same", "handle_mm_fault", "do_read_fault", "read the content",
     ):  # fmt: skip
         assert shown in " ".join(first.stdout.split()), shown
+    too_long = [line for line in first.stdout.splitlines() if len(line) > 80]
+    assert [line for line in too_long if str(tmp_path) not in line] == []
     again = run_demo(tmp_path, "--mib", "16")
     assert again.returncode == 0
     assert array.stat().st_mtime_ns == made
@@ -51,11 +53,12 @@ def test_makes_its_array_once_and_shows_every_step(tmp_path: Path) -> None:
 
 def test_the_picture_shows_what_was_touched(tmp_path: Path) -> None:
     image_module = pytest.importorskip("PIL.Image", reason="pillow is in the extra [demo]")
-    done = run_demo(tmp_path, "--mib", "16")
+    done = run_demo(tmp_path, "--mib", "64")
     assert done.returncode == 0, done.stderr
     with image_module.open(tmp_path / "uffd_vm" / "heatmap.png") as image:
-        assert image.size == (1024, 1024)
-        pixels = np.asarray(image)
+        assert image.size == (1024, 1024 + 48)
+        pixels, legend = np.split(np.asarray(image), [1024])
+    assert len(np.unique(legend.reshape(-1, 3), axis=0)) > 20  # text and a colour key
     warm = (pixels[..., 0] > 200).mean()
     assert 1 / 32 < warm < 1 / 2  # one column of 16, the sampled rows and read-ahead; not all
 
@@ -71,13 +74,21 @@ def test_the_picture_shows_what_was_touched(tmp_path: Path) -> None:
         np.asfortranarray(np.arange(24_000, dtype="f4").reshape(20, 30, 40)),
         np.array([True, False] * 5000),
         np.full((100, 2), np.nan),
+        np.array([np.inf, -np.inf] * 100),
+        np.ones((3, 2, 100), "f2"),
     ],
-    ids=["C", "F", "tiny", "scalar", "3d big-endian", "3d F", "bool", "nan"],
+    ids=["C", "F", "tiny", "scalar", "3d big-endian", "3d F", "bool", "nan", "inf", "half"],
 )
 def test_takes_any_array_of_numbers(tmp_path: Path, array: np.ndarray) -> None:
     done = run_demo(tmp_path, str(npy(tmp_path / "users.npy", array)))
     assert (done.returncode, done.stderr) == (0, "")
     assert ": yes" in done.stdout
+
+
+def test_a_name_is_no_markup(tmp_path: Path) -> None:
+    done = run_demo(tmp_path, str(npy(tmp_path / "[bold]x [red] [x].npy", np.arange(1000.0))))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[bold]x [red] [x].npy" in done.stdout
 
 
 def test_takes_every_version_of_the_format(tmp_path: Path) -> None:
@@ -95,12 +106,20 @@ def bad_files(directory: Path) -> dict[str, str]:
     (directory / "short.npy").write_bytes(whole.getvalue()[:1000])
     npy(directory / "empty.npy", np.zeros((0, 3)))
     npy(directory / "words.npy", np.array(["a", "b"]))
+    npy(directory / "fields.npy", np.zeros(9, dtype=[("a", "i4"), ("b", "f8")]))
+    npy(directory / "complex.npy", np.zeros(9, "c8"))
+    np.savez(directory / "many.npz", np.zeros(9))
+    os.mkfifo(directory / "fifo")
     return {
         str(directory / "text.npy"): "no .npy array",
         str(directory / "nothing.npy"): "no .npy array",
         str(directory / "short.npy"): "no .npy array",
         str(directory / "empty.npy"): "empty",
         str(directory / "words.npy"): "dtype <U1",
+        str(directory / "fields.npy"): "dtype [('a', '<i4'), ('b', '<f8')]",
+        str(directory / "complex.npy"): "dtype complex64",
+        str(directory / "many.npz"): "no .npy array",
+        str(directory / "fifo"): "a directory or a device",
         str(directory / "absent.npy"): "No such file",
         str(directory): "directory",
     }

@@ -8,7 +8,10 @@ in one line and exit status 2.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import statistics
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,8 +40,15 @@ NR_COLUMNS = 16
 NR_SAMPLED = 100
 #: A column of a row-by-row file has a value on each page: of larger files only the beginning is read.
 MAX_COLUMN_SPAN = 1 << 30
-#: Pixels a side of the picture.
-PICTURE = 1024
+#: Values that are copied at once.
+MAX_VALUES = 1 << 24
+#: Larger files are not read whole to show how long np.load() takes.
+MAX_LOAD = 2 << 30
+#: How often a file is opened to time it.
+NR_OPENS = 9
+#: Pixels: a side of the picture, the height of the legend below it, the length of its colour key.
+PICTURE, LEGEND, KEY = 1024, 48, 200
+COLD, HOT = np.array([20.0, 24, 40]), np.array([255.0, 170, 40])
 
 Array = npt.NDArray[Any]
 
@@ -64,15 +75,21 @@ class NpyFile:
     @classmethod
     def of(cls, path: Path) -> NpyFile:
         """Reads the header. Raises BadInput."""
+        if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+            raise BadInput(f"{path}: a directory or a device; give a .npy file")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except (ValueError, EOFError) as error:
-            raise BadInput(f"{path}: no .npy array that can be mapped: {error}") from error
+            raise BadInput(
+                f"{path}: no .npy array that can be mapped: {str(error).rstrip('.')}. "
+                "numpy.save() writes one"
+            ) from error
         if array.size == 0:
             raise BadInput(f"{path}: the array is empty (shape {array.shape})")
         if array.dtype.kind not in "biuf":
             raise BadInput(
-                f"{path}: dtype {array.dtype} has no statistics; give an array of numbers"
+                f"{path}: dtype {array.dtype} has no mean and no order; give an array of bool, "
+                "integers or floats"
             )
         order = "C" if array.flags.c_contiguous else "F"
         return cls(path, array.dtype, array.shape, order, int(array.offset))
@@ -142,10 +159,24 @@ def _write_array(console: Console, path: Path, shape: tuple[int, int]) -> None:
 # --- the steps ------------------------------------------------------------------------------------
 
 
+def _title(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{text}[/]")
+
+
+def _say(console: Console, text: str, indent: int = 0) -> None:
+    """A paragraph as it stands: no markup, since names of files are in it."""
+    width = min(console.width, 100) - indent
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    console.print(
+        textwrap.indent("\n".join(lines), " " * indent),
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def _table(*columns: str) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -160,116 +191,150 @@ def _mapped(file: NpyFile, **arguments: Any) -> Iterator[tuple[uv.Region, Array]
             holder.clear()
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def first_element(console: Console, file: NpyFile) -> None:
-    """How long from opening the file to its first value."""
+    """How long from opening the file to its first value. Closing is not counted."""
 
-    def ours() -> None:
-        with uv.map(file.path, service="native") as region:
-            float(file.table(region)[0, 0])
+    def ours() -> float:
+        start = time.perf_counter()
+        with _mapped(file, service="native") as (_, table):
+            float(table[0, 0])
+            took = time.perf_counter() - start
+            del table
+        return took
 
-    table = _table("how", "time")
-    rows: list[tuple[str, Callable[[], object]]] = [
-        ('uffd_vm, service="native"', ours),
-        ('np.load(mmap_mode="r")', lambda: np.load(file.path, mmap_mode="r").flat[0]),
+    def numpys(mode: Literal["r"] | None) -> float:
+        start = time.perf_counter()
+        array = np.load(file.path, mmap_mode=mode)
+        float(array.flat[0])
+        return time.perf_counter() - start
+
+    _file_bytes(file, 1)  # so that none of them has to wait for the disk
+    first = ours()
+    further = statistics.median(ours() for _ in range(NR_OPENS))
+    table = _table("from opening the file to its first element", "ms")
+    rows = [
+        ("uv.map(), the first region of a process", first),
+        ("uv.map(), each further one", further),
+        ('np.load(mmap_mode="r")', statistics.median(numpys("r") for _ in range(NR_OPENS))),
     ]
-    if file.nbytes < memory_limit() // 2:
-        rows.append(("np.load(): all of it", lambda: np.load(file.path).flat[0]))
-    for name, work in rows:
-        table.add_row(name, f"{_seconds(work) * 1e3:.2f} ms")
-    console.print("[bold]From opening the file to its first element[/]", table)
-    console.print(
-        "[dim]A local file in the page cache: here the kernel's own mmap is the fastest way, and the one "
-        'that service="auto" takes.[/]\n'
+    if file.nbytes < min(memory_limit() // 2, MAX_LOAD):
+        rows.append(("np.load(), which reads all of it", numpys(None)))
+    for name, seconds in rows:
+        table.add_row(name, f"{seconds * 1e3:.2f}")
+    _title(console, "1. The first element")
+    console.print(table)
+    _say(
+        console,
+        "The first region starts the fault service: threads, a userfaultfd. On a local file that is "
+        "cached the kernel's own mmap is the fastest lazy way; uv.map() takes it by itself, unless it "
+        "is asked for what only a fault service can tell or limit. So this demo asks for "
+        'service="native".',
     )
 
 
-def _describe(values: Array) -> tuple[str, ...]:
-    v = values.astype("f8")
-    return tuple(f"{x:.6g}" for x in (v.mean(), v.std(), v.min(), v.max()))
+def _described(values: Array) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):  # infinities have no standard deviation, and are no error
+        described = (values.mean(dtype="f8"), values.std(dtype="f8"), values.min(), values.max())
+    return tuple(f"{float(x):.4g}" for x in described)
 
 
 def column_length(file: NpyFile, table: Array) -> int:
-    """Rows of a column whose pages are read: all, save in large files that are stored row by row."""
-    return int(min(table.shape[0], max(1, MAX_COLUMN_SPAN // max(1, table.strides[0]))))
+    """Rows of a column that are read: all, save of a large file that is stored row by row."""
+    most = min(MAX_VALUES, MAX_COLUMN_SPAN // max(1, abs(table.strides[0])))
+    return int(min(table.shape[0], max(1, most)))
 
 
-def statistics(console: Console, file: NpyFile, region: uv.Region, table: Array) -> None:
+def row_sample(table: Array) -> tuple[npt.NDArray[np.int64], int]:
+    """Random rows, and how much of each: few of wide ones, so that the sample stays small."""
+    width = min(table.shape[1], MAX_VALUES)
+    number = max(1, min(NR_SAMPLED, MAX_VALUES // width))
+    return np.sort(np.random.default_rng(1).integers(0, table.shape[0], number)), width
+
+
+def numpy_statistics(console: Console, file: NpyFile, region: uv.Region, table: Array) -> None:
     """Plain NumPy over lazy memory, checked against np.load(mmap_mode="r")."""
     reference = np.load(file.path, mmap_mode="r")
     reference = reference.reshape(table.shape, order="F" if file.order == "F" else "C")
-    rows = np.sort(np.random.default_rng(1).integers(0, table.shape[0], NR_SAMPLED))
+    rows, width = row_sample(table)
     column, length = table.shape[1] // 2, column_length(file, table)
-
-    part = "" if length == len(table) else f", first {length:,} rows"
     picks: list[tuple[str, Literal["random", "sequential"], Callable[[Array], Array]]] = [
-        (f"{NR_SAMPLED} random rows", "random", lambda a: a[rows]),
-        (f"column {column}{part}", "sequential", lambda a: a[:length, column]),
+        (f"{len(rows)} random rows", "random", lambda a: a[rows, :width]),
+        (f"column {column}", "sequential", lambda a: a[:length, column]),
     ]
-    out = _table("of", "values", "mean", "std", "min", "max", "time")
+    out = _table("", "values", "mean", "std", "min", "max", "ms")
     same = True
     for name, advice, pick in picks:
         region.advise(advice)
         start = time.perf_counter()
         values = pick(table)
-        described = _describe(values)
+        described = _described(values)
         took = time.perf_counter() - start
-        out.add_row(name, f"{values.size:,}", *described, f"{took * 1e3:.1f} ms")
+        out.add_row(name, f"{values.size:,}", *described, f"{took * 1e3:.1f}")
         same &= np.array_equal(values, pick(reference), equal_nan=file.dtype.kind == "f")
     region.advise("normal")
-    console.print("[bold]Statistics, by plain NumPy[/]", out)
-    console.print(f'Same values as np.load(mmap_mode="r"): {"yes" if same else "NO"}\n')
+    _title(console, "2. Statistics, by plain NumPy over the lazy array")
+    console.print(out)
+    if width < table.shape[1]:
+        _say(console, f"Of each row the first {width:,} values.")
+    if length < len(table):
+        _say(console, f"Of the column the first {length:,} values.")
+    _say(console, f'Same values as np.load(mmap_mode="r"): {"yes" if same else "NO"}')
     if not same:
         raise click.ClickException(
             "the mapped values differ from the file's: a bug, please report it"
         )
 
 
-def numbers(console: Console, region: uv.Region) -> None:
-    """What those touches cost."""
+def memory(console: Console, region: uv.Region) -> None:
+    """How much of the file that took."""
     residency, stats = region.residency(), region.stats()
-    out = _table("what", "bytes", "of it")
+    out = _table("bytes", "", "of the file")
     for name, nbytes in (
-        ("mapped: the whole file", region.nbytes),
+        ("mapped", region.nbytes),
+        ("read from the file", stats["bytes_read"]),
         ("touched: in this process's page table", residency.mapped_bytes),
         ("resident: takes memory", residency.resident_bytes),
-        ("read from the file", stats["bytes_read"]),
     ):
         out.add_row(name, human_size(nbytes), f"{nbytes / region.nbytes:.1%}")
-    console.print("[bold]The region[/]", out)
+    _title(console, "3. The memory that this took")
+    console.print(out)
 
-    out = _table("kind", "number")
-    for counter in (
-        "pgfault",
-        "pgmajfault",
-        "pgminfault",
-        "pgfault_failed",
-        "map_around",
-        "readahead",
-    ):
-        out.add_row(_COUNTERS[counter], f"{stats[counter]:,}")
-    last = region.trace()
+
+def faults(console: Console, region: uv.Region) -> None:
+    """What the processor and the service did for it."""
+    stats, last = region.stats(), region.trace()
+    out = _table("faults", "")
+    for counter, meaning in _COUNTERS.items():
+        out.add_row(f"{counter:<15} {meaning}", f"{stats[counter]:,}")
     kinds = Counter((record.kind.name, record.access.name) for record in last)
     for (kind, access), number in sorted(kinds.items()):
-        out.add_row(f"of the last {len(last):,}: {kind} {access}", f"{number:,}")
-    out.add_row("latency p50", f"{stats.latency.p50 / 1e3:.1f} us")
+        out.add_row(f"{kind} {access} among the last {len(last):,}", f"{number:,}")
+    out.add_row("latency p50, from message to wake-up", f"{stats.latency.p50 / 1e3:.1f} us")
     out.add_row("latency p99", f"{stats.latency.p99 / 1e3:.1f} us")
-    console.print("[bold]Its faults[/]", out, "")
+    _title(console, "4. Its faults")
+    console.print(out)
+    _say(
+        console,
+        "Major means that content was read from the file, be it from the disk or from the kernel's "
+        "page cache. Where the kernel had it the service did not wait: the kernel's own count of this "
+        f"process, which is of waits for the disk, rose by {_kernel_major() - _MAJOR_AT_START:,}.",
+    )
 
 
 _COUNTERS = {
-    "pgfault": "faults (pgfault)",
-    "pgmajfault": "that read the file (pgmajfault)",
-    "pgminfault": "that did not (pgminfault)",
-    "pgfault_failed": "that failed (pgfault_failed)",
-    "map_around": "pages mapped around them (map_around)",
-    "readahead": "pages asked for ahead (readahead)",
+    "pgfault": "all that were answered",
+    "pgmajfault": "major: content was read from the file",
+    "pgminfault": "minor: it was there",
+    "pgfault_failed": "failed",
+    "readahead": "pages that were read ahead of a fault",
 }
+
+
+def _kernel_major() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+_MAJOR_AT_START = _kernel_major()
 
 
 def private_writes(console: Console, file: NpyFile) -> None:
@@ -283,9 +348,11 @@ def private_writes(console: Console, file: NpyFile) -> None:
         same = _file_bytes(file, nbytes) == before
         dirty = region.residency().dirty_bytes
         del flat, table
-    console.print(
-        f'[bold]Private writes[/] (mode "c"): {changed:,} bytes changed in memory, {human_size(dirty)} of '
-        f"private pages; the file's own bytes are {'the same' if same else 'DIFFERENT'}\n"
+    _title(console, '6. Private writes: uv.map(mode="c")')
+    _say(
+        console,
+        f"{changed:,} bytes changed in memory, which made {human_size(dirty)} of private pages. "
+        f"The file's own bytes are {'the same' if same else 'DIFFERENT'}.",
     )
     if not same:
         raise click.ClickException("a private write reached the file: a bug, please report it")
@@ -302,11 +369,14 @@ def one_fault(console: Console, file: NpyFile) -> None:
         value = float(table[table.shape[0] // 2, 0])
         record = _last_record(region)
         del table
-    console.print('[bold]One fault[/], served by the Python service (service="python"):')
-    console.print(f"the program reads {value:.6g}")
-    console.print(str(record), highlight=False)
-    console.print(str(record.walk), highlight=False)
-    console.print("")
+    _title(console, '7. One fault, step by step: uv.map(service="python")')
+    _say(
+        console,
+        f"The program reads {value:.6g}, on page {record.index}. The Python service, the readable "
+        f"reference of the native one, fills {record.nr_pages} pages around it, after "
+        f"{record.latency_ns / 1e3:.0f} us. The functions are those of mm/memory.c.",
+    )
+    console.print(f"\n{record.walk}", highlight=False, markup=False)
 
 
 def _last_record(region: uv.Region) -> uv.TraceRecord:
@@ -334,45 +404,66 @@ def heat(region: uv.Region, nr_cells: int) -> npt.NDArray[np.float64]:
     return heated
 
 
-def heat_map(console: Console, region: uv.Region, path: Path) -> None:
+def _cell(region: uv.Region, nr_cells: int) -> str:
+    pages = region.nr_pages / nr_cells
+    if pages < 1.5:
+        return "one page"
+    return f"about {pages:,.0f} pages ({human_size(pages * PAGE_SIZE)})"
+
+
+def heat_map(console: Console, file: NpyFile, region: uv.Region, path: Path) -> None:
     """The picture, and a strip of it for the terminal."""
     strip = heat(region, 64)
     shades = " .:-=+*#%@"
     text = "".join(shades[min(9, int(np.ceil(part * 9)))] for part in strip)
-    console.print("[bold]What was touched[/], from the first page to the last:")
+    _title(console, "5. What was touched, from the first page of the file to the last")
     console.print(f"|{text}|", highlight=False, markup=False)
+    _say(
+        console,
+        f"A character is {_cell(region, len(strip))}. Blank: none of them was touched; . the least "
+        f"part; {shades[1:]} more and more; @ all.",
+    )
     try:
-        from PIL import Image
+        from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        console.print("No picture: pillow is missing (pip install 'uffd_vm[demo]')")
+        _say(console, "No picture: pillow is missing. pip install 'uffd_vm[demo]'")
         return
     side = 1 << max(0, (min(512 * 512, region.nr_pages).bit_length() - 1) // 2)
     cells = heat(region, side * side)
-    cold, hot = np.array([20, 24, 40]), np.array([255, 170, 40])
-    pixels = np.zeros((side * side, 3))
-    pixels[: len(cells)] = cold + (hot - cold) * np.sqrt(cells)[:, None]
-    image = Image.fromarray(pixels.reshape(side, side, 3).astype(np.uint8))
-    image.resize((PICTURE, PICTURE), Image.Resampling.NEAREST).save(path)
-    console.print(f"The same as a picture, {len(cells):,} cells, row by row: {path}\n")
+    pixels = np.full((side * side, 3), COLD)
+    pixels[: len(cells)] = COLD + (HOT - COLD) * np.sqrt(cells)[:, None]
+    squares = Image.fromarray(pixels.reshape(side, side, 3).astype(np.uint8))
+    image = Image.new("RGB", (PICTURE, PICTURE + LEGEND), "white")
+    image.paste(squares.resize((PICTURE, PICTURE), Image.Resampling.NEAREST))
+    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(14), PICTURE + 6
+    scale = f"{side} x {side} cells, each {_cell(region, len(cells))}"
+    what = f"{file.path.name}, {human_size(region.nbytes)}: {scale}. "
+    where = "The file begins at the top left and goes row by row."
+    draw.text((8, y), what + where, "black", font)
+    for i in range(KEY):
+        colour = COLD + (HOT - COLD) * np.sqrt(i / (KEY - 1))
+        draw.line((8 + i, y + 22, 8 + i, y + 34), (int(colour[0]), int(colour[1]), int(colour[2])))
+    draw.text((16 + KEY, y + 20), "no page of the cell touched ... all of them", "black", font)
+    image.save(path)
+    _say(console, f"As a picture, {scale}; orange is touched:")
+    _say(console, str(path.resolve()), indent=2)
 
 
 # --- all of it ------------------------------------------------------------------------------------
 
 
 def run(console: Console, file: NpyFile, picture: Path) -> None:
-    shape = " x ".join(map(str, file.shape))
-    console.print(
-        f"[bold]{file.path}[/]: {shape} {file.dtype}, {human_size(file.nbytes)}, "
-        f"{'row' if file.order == 'C' else 'column'} by {'row' if file.order == 'C' else 'column'}\n"
-    )
+    shape = " x ".join(map(str, file.shape)) or "one value"
+    layout = "row by row" if file.order == "C" else "column by column"
+    _say(console, str(file.path.resolve()))
+    _say(console, f"{shape} of {file.dtype}, {human_size(file.nbytes)}, stored {layout}")
     first_element(console, file)
     with _mapped(file, service="native") as (region, table):
-        console.print(str(region), highlight=False, markup=False)
-        console.print(f"served by {region.service}: {region.service_reason}\n")
-        statistics(console, file, region, table)
-        numbers(console, region)
+        numpy_statistics(console, file, region, table)
         del table
-        heat_map(console, region, picture)
+        memory(console, region)
+        faults(console, region)
+        heat_map(console, file, region, picture)
     private_writes(console, file)
     one_fault(console, file)
 
@@ -392,7 +483,7 @@ def main(file: Path | None, mib: int) -> None:
         run(console, npy, directory / "heatmap.png")
     except (uv.UffdVmError, OSError) as error:
         raise BadInput(f"{type(error).__name__}: {error}") from error
-    console.print(f"[dim]{time.perf_counter() - start:.1f} s in all[/]")
+    console.print(f"\n{time.perf_counter() - start:.1f} s in all", highlight=False)
 
 
 if __name__ == "__main__":
