@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
+import textwrap
 
 import numpy as np
 import pytest
 
 import uffd_vm as uv
+from tests.support import run_in_child
 from uffd_vm.mm import address_space as address_space_module
 from uffd_vm.page import PAGE_SIZE
 
@@ -114,6 +117,29 @@ def test_a_truncated_file_is_found_by_check_and_load(make_file):
             with pytest.raises(uv.SourceChanged, match="SIGBUS"):
                 call()
         os.truncate(path, 8 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("mapped", ["uv.map(path)", "np.memmap(path, mode='r')"])
+def test_a_touch_past_the_end_is_sigbus_as_with_memmap(mapped, make_file):
+    script = f"""
+        import os, sys
+        import numpy as np
+        import uffd_vm as uv
+        path = sys.argv[1]
+        memory = {mapped}
+        array = memory.array() if isinstance(memory, uv.Region) else memory
+        os.truncate(path, 4096)
+        with open(path + ".out", "wb", buffering=0) as out:
+            try:
+                out.write(array[8192:8200])
+            except OSError as error:
+                print(error.strerror, flush=True)
+        array[8192]
+        print("never printed")
+    """
+    path = make_file(8 * PAGE_SIZE)
+    child = run_in_child(textwrap.dedent(script), path, check=False)
+    assert (child.returncode, child.stdout) == (-signal.SIGBUS, "Bad address\n")
 
 
 def test_life(make_file):
