@@ -9,6 +9,14 @@
  * ones are MADV_DOFORK just while an ordinary fork() copies them: nothing else could. */
 #include "internal.h"
 
+/* First of all: whatever else the child maps (tables, aliases, stacks) may land in the gap of a region. */
+static void child_map(struct uvm_region *r, void *arg)
+{
+	(void)arg;
+	if (atomic_load(&r->state) == UVM_REGION_LIVE)
+		uvm_region_child_map(r);
+}
+
 static void child_region(struct uvm_region *r, void *arg)
 {
 	int rc = *(int *)arg;
@@ -21,7 +29,8 @@ static void child_region(struct uvm_region *r, void *arg)
 			"uffd_vm: a region could not be served in a forked child "
 			"and was made inaccessible there\n";
 		(void)!write(STDERR_FILENO, text, sizeof text - 1);
-		(void)mprotect((void *)(uintptr_t)r->start, r->len, PROT_NONE);
+		if (r->child_rc == 0) /* else there is nothing of ours at its address */
+			(void)mprotect((void *)(uintptr_t)r->start, r->len, PROT_NONE);
 	}
 }
 
@@ -95,6 +104,7 @@ static void in_parent(void)
 static void in_child(void)
 {
 	int rc;
+	uvm_for_each_region_locked(child_map, NULL);
 	uvm_failure_child();
 	if (uvm_space.pagemap_fd >= 0)
 		close(uvm_space.pagemap_fd);

@@ -144,7 +144,8 @@ struct uvm_region {
 	/* Slots are type-stable: a look-up may read a freed one, and sees that by state and generation. */
 	_Atomic int state;
 	_Atomic uint32_t generation;
-	_Atomic int in_flight; /* executors inside it; close waits for 0 */
+	_Atomic int in_flight;   /* executors inside it; close waits for 0 */
+	_Atomic int nr_settling; /* of these: who only wait for the others */
 	uint32_t slot;
 
 	/* Constant while the region lives. */
@@ -153,6 +154,7 @@ struct uvm_region {
 	unsigned flags; /* FaultFlag */
 	int prot;
 	uint64_t register_mode;
+	int child_rc;            /* in a forked child: how mapping it again ended */
 	struct uvm_cache *cache; /* NULL: anonymous */
 	uint32_t fault_around_pages, readahead_pages;
 	uint64_t deadline_ns;
@@ -193,7 +195,9 @@ void uvm_for_each_region(void (*fn)(struct uvm_region *r, void *arg), void *arg)
 void uvm_spans_lock(void);
 void uvm_spans_unlock(void);
 void uvm_for_each_region_locked(void (*fn)(struct uvm_region *r, void *arg), void *arg);
-int uvm_region_child(struct uvm_region *r); /* after fork: map, register and arm it again */
+/* After fork: map it again, all regions before anything else is mapped; then register and arm it. */
+void uvm_region_child_map(struct uvm_region *r);
+int uvm_region_child(struct uvm_region *r);
 
 /* The page-table lock of the 2 MiB that hold address. */
 void uvm_ptl_lock(uint64_t address);

@@ -599,21 +599,34 @@ static int rearm(struct uvm_region *r)
 	return 0;
 }
 
-int uvm_region_child(struct uvm_region *r)
+void uvm_region_child_map(struct uvm_region *r)
 {
 	uint64_t p;
-	int rc = 0;
+	/* A page_mkwrite hook is a Python function of the parent's service: nobody can ask it here, so
+	 * nobody may write here. */
+	if (r->flags & UVM_FLAG_HOOK) {
+		r->flags &= ~(unsigned)UVM_FLAG_HOOK;
+		r->writable = 0;
+		r->prot = PROT_READ;
+	}
+	/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
+	if (r->backing == UVM_BACKING_SHARED_FILE)
+		r->child_rc = sys_mmap(
+			r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
+			r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
+	else
+		r->child_rc = 0;
+}
+
+int uvm_region_child(struct uvm_region *r)
+{
+	int rc = r->child_rc;
 	bool shared = r->backing == UVM_BACKING_SHARED_FILE;
 
 	atomic_store(&r->in_flight, 0);
+	if (rc < 0)
+		return rc;
 	if (r->service == UVM_SERVICE_PYTHON) {
-		/* A page_mkwrite hook is a Python function of the parent's service: nobody can ask it
-		 * here, so nobody may write here. */
-		if (r->flags & UVM_FLAG_HOOK) {
-			r->flags &= ~(unsigned)UVM_FLAG_HOOK;
-			r->writable = 0;
-			r->prot = PROT_READ;
-		}
 		rc = uvm_service_child_move(UVM_SERVICE_PYTHON, UVM_SERVICE_NATIVE);
 		if (rc == 0)
 			rc = ctl_child_copy(r);
@@ -624,12 +637,6 @@ int uvm_region_child(struct uvm_region *r)
 			return rc;
 	}
 	if (shared) {
-		/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
-		rc = sys_mmap(r->start, r->len, r->prot,
-			      MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE, r->cache->data_fd,
-			      (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
-		if (rc < 0)
-			return rc;
 		MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
 		rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
 		if (rc < 0)
@@ -690,8 +697,13 @@ int uvm_region_settle(int64_t handle)
 	struct uvm_region *r = uvm_region_by_handle(handle);
 	if (!r)
 		return -ESTALE;
-	for (int i = 0; i < 400 && atomic_load(&r->in_flight) > 1; i++)
+	/* Not for each other, and not in the way of who closes it, who waits for us. */
+	atomic_fetch_add(&r->nr_settling, 1);
+	for (int i = 0; i < 400 && atomic_load(&r->state) == UVM_REGION_LIVE &&
+			atomic_load(&r->in_flight) > atomic_load(&r->nr_settling);
+	     i++)
 		usleep(i < 10 ? 5 : 50);
+	atomic_fetch_sub(&r->nr_settling, 1);
 	uvm_region_put(r);
 	return 0;
 }

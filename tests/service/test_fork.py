@@ -108,8 +108,8 @@ def parents_view_is_right(region: uv.Region, kind: str) -> None:
 # --- every way to fork ------------------------------------------------------------------------------
 
 
-def in_child_os_fork(kind: str) -> None:
-    with mapped(kind) as (region, path):
+def in_child_os_fork(kind: str, service: str) -> None:
+    with mapped(kind, service=service) as (region, path):
         status, answer = fork_and_ask(lambda: work_in_child(region, kind))
         assert (status, answer) == (0, b"right")
         parents_view_is_right(region, kind)
@@ -120,9 +120,30 @@ def in_child_os_fork(kind: str) -> None:
             assert path.read_bytes() == DATA
 
 
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_os_fork(kind: str) -> None:
-    run_in_child(in_child_os_fork, kind)
+def test_os_fork(kind: str, service: str) -> None:
+    run_in_child(in_child_os_fork, kind, service)
+
+
+def in_child_fork_with_many(service: str) -> None:
+    """Tables, aliases and stacks that the child maps must not land where a region is to come back."""
+    with ExitStack() as stack:
+        many = [stack.enter_context(mapped(kind, service=service)) for kind in KINDS * 4]
+
+        def work() -> bytes:
+            answers = [
+                content_is_right(region, kind)
+                for (region, _), kind in zip(many, KINDS * 4, strict=True)
+            ]
+            return b" ".join(sorted(set(answers)))
+
+        assert fork_and_ask(work) == (0, b"right")
+
+
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
+def test_fork_with_regions_of_every_kind(service: str) -> None:
+    run_in_child(in_child_fork_with_many, service)
 
 
 def in_child_libc_fork(kind: str) -> None:
