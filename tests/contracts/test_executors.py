@@ -12,6 +12,7 @@ when it comes is not part of the contract.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import mmap
@@ -401,6 +402,7 @@ def _run_stream(
 ) -> Seen:
     import uffd_vm as uv
     from uffd_vm.fault.pte import PteState
+    from uffd_vm.testing.invariants import check_all
     from uffd_vm.testing.strategies import pattern
 
     mode, track = KINDS[kind]
@@ -433,6 +435,7 @@ def _run_stream(
         content = bytes(t.buffer)
         assert content == t.model, "memory is not what was stored"
         seen.content = _hash(content)
+        check_all(region)
         t.buffer.release()
     if path:
         seen.file = _hash(path.read_bytes())
@@ -551,3 +554,104 @@ def test_executors_agree_without_privilege(service: str, kind: str) -> None:
     for stream in streams_of(kind, unprivileged=True):
         for around in (1, 16):
             _check(service, kind, f"{stream.__name__}/{around}", unprivileged=True)
+
+
+# --- failures ---------------------------------------------------------------------------------------
+
+#: What becomes of the file -> the error that every executor raises of a page that it has not read yet.
+CAUSES: dict[str, tuple[Callable[[Path], None], str, int]] = {
+    "cut short": (lambda path: os.truncate(path, 5 * PAGE_SIZE), "SourceChanged", errno.ENODATA),
+    "cut to nothing": (lambda path: os.truncate(path, 0), "SourceChanged", errno.ENODATA),
+    "grown": (lambda path: os.truncate(path, 2 * FILE_BYTES), "SourceChanged", errno.ESTALE),
+    "written to": (lambda path: os.utime(path, ns=(1, 1)), "SourceChanged", errno.ESTALE),
+}
+
+
+def _failure(call: Callable[[], object]) -> dict[str, Any]:
+    """What a call raised; the exception of a touch comes a few calls behind it."""
+    import uffd_vm as uv
+
+    try:
+        call()
+        for _ in range(20):
+            _nothing()
+    except uv.UffdVmError as error:
+        found = {"type": type(error).__name__, "errno": getattr(error, "errno", None)}
+        return found | {"index": getattr(error, "index", None), "region": str(error.region)}
+    return {"type": "nothing was raised"}
+
+
+def _nothing() -> None:
+    pass
+
+
+def in_child_fail(service: str, kind: str) -> dict[str, list[Any]]:
+    """For each cause: what load(), a read and (where it is possible) a store of a missing page raise,
+    and how their faults were decided."""
+    import uffd_vm as uv
+    from uffd_vm.fault.pte import PteState
+    from uffd_vm.testing.invariants import check_all
+    from uffd_vm.testing.strategies import pattern
+
+    mode, track = KINDS[kind]
+    data = pattern(FILE_BYTES, 4)
+    found: dict[str, list[Any]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for cause, (spoil, _, _) in CAUSES.items():
+            path = Path(directory) / f"{cause}.bin"
+            path.write_bytes(data)
+            mtime = path.stat().st_mtime_ns
+            region = uv.map(
+                path,
+                mode,
+                service=service,
+                track=track,
+                fault_around_bytes=PAGE_SIZE,
+                readahead_bytes=0,
+            )
+            with region:
+                buffer = region.buffer
+                assert buffer[0] == data[0]
+                spoil(path)
+                seen = found[cause] = []
+                seen.append(_failure(lambda r=region: r.load((20 * PAGE_SIZE, 21 * PAGE_SIZE))))
+                seen.append(_failure(lambda b=buffer: b[30 * PAGE_SIZE]))
+                if mode != "r":
+                    seen.append(_failure(lambda b=buffer: b.__setitem__(31 * PAGE_SIZE, 1)))
+                assert buffer[0] == data[0], "what had come stays"
+                path.write_bytes(data)
+                os.utime(path, ns=(mtime, mtime))
+                assert bytes(buffer) == data, "the next touch tries again"
+                check_all(region)
+                failed = [r for r in region.trace() if r.err and not _is_retry(r)]
+                # The kernel takes a poisoned page for a missing one once more before it lets the thread
+                # sleep: natively, where another thread poisons meanwhile, such a fault is seen.
+                twice = [r for r in failed if r.pte is PteState.POISONED]
+                seen.append([_decision(r) for r in failed if r not in twice])
+                seen.append(region.stats()["pgfault_failed"] - len(twice))
+                buffer.release()
+            assert path.read_bytes() == data
+    return found
+
+
+@functools.cache
+def failures_of(service: str, kind: str) -> dict[str, list[Any]]:
+    value = run_in_child(in_child_fail, service, kind, timeout=60).value
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("kind", ["r", "c", "c tracked", "r+"])
+def test_executors_fail_alike(service: str, kind: str, cause: str) -> None:
+    *raised, decisions, nr_failed = failures_of(service, kind)[cause]
+    _, name, code = CAUSES[cause]
+    where = {"region": f"{cause}.bin"}
+    for number, seen in enumerate(raised):
+        index = (20, 30, 31)[number]
+        assert seen == {"type": name, "errno": code, "index": index} | where
+    nr_touches = len(raised) - 1  # load() is no fault
+    assert nr_failed == nr_touches
+    assert decisions == failures_of("native", kind)[cause][-2]
+    assert [d[0] for d in decisions] == [30, 31][:nr_touches]

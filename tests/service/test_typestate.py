@@ -257,11 +257,11 @@ def test_layout_that_changes_is_tried_again(world: World) -> None:
 
 def test_failed_read_is_recorded_before_it_poisons(world: World, path: Path) -> None:
     region = world.file(path)
-    os.truncate(path, PAGE_SIZE)  # another version: CHANGED
+    os.truncate(path, PAGE_SIZE)  # another version, and shorter
     world.fault(2)
     world.complete_io()
     assert world.fake.names() == ["agent.failed", "poison", "wake"]
-    assert world.agent.failures == [(region.handle, 2, 3, errno.ESTALE)]
+    assert world.agent.failures == [(region.handle, 2, 3, errno.ENODATA)]
     assert region.ptes[2] == PteState.POISONED
     assert world.trace()[-1].result == FaultResult.SIGBUS
     assert world.counter(Counter.pgfault_failed) == 1

@@ -29,7 +29,7 @@ from uffd_vm.service.fault_service.completion import Event, Job, Task, Workers
 if TYPE_CHECKING:
     from uffd_vm.service.fault_service.address_space import Region
 
-__all__ = ["BUFFER_PAGES", "ECHANGED", "BufferPool", "PageCache", "Read", "ZeroFolio"]
+__all__ = ["BUFFER_PAGES", "CHANGED", "BufferPool", "PageCache", "Read", "ZeroFolio"]
 
 BUFFER_PAGES = 512  # largest run of one read: 2 MiB
 WRITEBACK_PAGES = 64
@@ -40,8 +40,8 @@ _CTL_WORDS = 10  # struct uvm_cache_ctl
 _NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK, _NR_ATTACHED = range(8)
 _WB_ERR_SEQ, _WB_ERR = 8, 9
 
-#: Beside errno values: the file is not the version that was mapped.
-ECHANGED = 10_001
+#: What says that the file is not the version that was mapped: it is shorter; it was changed.
+CHANGED = frozenset((errno.ENODATA, errno.ESTALE))
 
 _ABSENT, _FILLING, _UPTODATE, _DIRTY, _WRITEBACK, _ERROR, _EVICTING = (int(s) for s in FolioState)
 _NOT_CHARGED = frozenset((_ABSENT, _ERROR))
@@ -106,7 +106,7 @@ class Read(Event):
         self.cache = cache
         self.index = index
         self.nr_pages = nr_pages
-        self.err = 0  # errno, or ECHANGED
+        self.err = 0  # errno
         self.pins = 0
         self.buffer = cache.buffers.get(nr_pages)
         self.address = self.buffer.address
@@ -156,15 +156,14 @@ class Read(Event):
             view = self.buffer.view[self._got : self._wanted]
             n = os.preadv(self.cache.file_fd, [view], offset + self._got)
             if n == 0:
-                return -ECHANGED  # it ends before the size that was mapped
+                return -errno.ENODATA  # it ends before the size that was mapped
             self._got += n
         return 0
 
     def complete(self, err: int) -> None:
         """All bytes are here, or err says why not: zero-fills the tail and asks whether the file still
         is the version that was mapped, after the last byte was read."""
-        if not err and not self.cache.is_unchanged():
-            err = ECHANGED
+        err = err or self.cache.version_check()
         if not err and self._wanted < self.nr_pages << PAGE_SHIFT:
             tail = self.nr_pages * PAGE_SIZE - self._wanted
             self.buffer.view[self._wanted : self.nr_pages * PAGE_SIZE] = bytes(tail)
@@ -296,13 +295,15 @@ class PageCache:
         if now != dirty:
             ctl[_NR_DIRTY] += now - dirty
 
-    def is_unchanged(self) -> bool:
-        """Is the file the version that was mapped? Our own write-back moves mtime on, and while one is
-        under way mtime says nothing. XXX another writer, who ignores our lock, goes unseen then."""
+    def version_check(self) -> int:
+        """Is the file the version that was mapped? 0, ENODATA: it is shorter, ESTALE: it was changed. Our
+        own write-back moves mtime on, and while one is under way mtime says nothing. XXX another
+        writer, who ignores our lock, goes unseen then."""
         stat = os.fstat(self.file_fd)
-        if stat.st_size != self.size:
-            return False
-        return stat.st_mtime_ns == self._ctl[_MTIME_NS] or self._nr_writing > 0
+        if stat.st_size < self.size:
+            return errno.ENODATA
+        same = stat.st_mtime_ns == self._ctl[_MTIME_NS] or self._nr_writing > 0
+        return 0 if same and stat.st_size == self.size else errno.ESTALE
 
     def _note_extent(self, index: int, nr_pages: int) -> None:
         extents = self._extents
@@ -467,8 +468,8 @@ class PageCache:
     ) -> Task:
         buffer = self.buffers.get(nr_pages)
         try:
-            if not self.is_unchanged():
-                raise OSError(errno.ESTALE, "the file changed since it was mapped")
+            if err := self.version_check():
+                raise OSError(err, "the file changed since it was mapped")
             if not self.out_of_reach:
                 self.set_state(index, nr_pages, _WRITEBACK)
                 protect(self, index, nr_pages)

@@ -36,7 +36,7 @@ from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 from uffd_vm.service.fault_service import policy
 from uffd_vm.service.fault_service.address_space import CACHED_SHIFT, Region
 from uffd_vm.service.fault_service.completion import Event
-from uffd_vm.service.fault_service.filemap import ECHANGED, PageCache, Read, ZeroFolio
+from uffd_vm.service.fault_service.filemap import CHANGED, PageCache, Read, ZeroFolio
 from uffd_vm.service.fault_service.typestate import (
     FolioLocked,
     Installed,
@@ -102,7 +102,7 @@ _FAILURE_KIND = {
     policy.row_id("p7"): _TIMEOUT,
     policy.row_id("X-OOM"): _OOM,
 }
-_ERRNO_OF_KIND = {_TIMEOUT: errno.ETIMEDOUT, _CHANGED: errno.ESTALE, _OOM: errno.ENOMEM}
+_ERRNO_OF_KIND = {_TIMEOUT: errno.ETIMEDOUT, _OOM: errno.ENOMEM}
 
 
 class VmFault(Generic[P]):
@@ -586,9 +586,7 @@ def poison_page(mm: Mm, vmf: VmFault[P], walked: Walked[P], row: int, result: Vm
     """The content cannot be had: the page fails from now on. Why is told first: the thread that gets
     the signal asks at once. COPY would take a poison away again, so the entry says POISONED."""
     region, index = walked.region, walked.index
-    kind = _CHANGED if vmf.err == ECHANGED else _FAILURE_KIND.get(row, _SOURCE)
-    if vmf.err == ECHANGED:
-        vmf.err = errno.ESTALE
+    kind = _CHANGED if vmf.err in CHANGED else _FAILURE_KIND.get(row, _SOURCE)
     if kind == _TIMEOUT and vmf.interrupted:
         kind, vmf.err = _INTERRUPT, errno.EINTR
     mm.agent.failed(region.handle, index, kind, vmf.err or _ERRNO_OF_KIND.get(kind, errno.EIO))

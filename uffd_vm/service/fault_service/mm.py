@@ -21,7 +21,7 @@ from uffd_vm.fault.pte import PteState
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 from uffd_vm.service.fault_service.address_space import CACHED, AddressSpace, Region
 from uffd_vm.service.fault_service.completion import Event, Task, Workers, run_task
-from uffd_vm.service.fault_service.filemap import ECHANGED, BufferPool, PageCache, Read, ZeroFolio
+from uffd_vm.service.fault_service.filemap import BufferPool, PageCache, Read, ZeroFolio
 from uffd_vm.service.fault_service.memory import VmFault, handle_mm_fault, mfill
 
 __all__ = ["Failures", "Kernel", "Mm"]
@@ -256,7 +256,7 @@ class Mm:
                     yield read
                     region = self.live(handle, generation)
                 if read.err:
-                    raise _failed(errno.ESTALE if read.err == ECHANGED else read.err, at)
+                    raise _failed(read.err, at)
                 if (
                     region.ptes[at] in (_NONE, _NONE_WP)
                     and cache.reads.get(region.pgoff + at) is read
