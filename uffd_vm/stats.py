@@ -15,7 +15,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from uffd_vm.fault.action import Action, Commit, Counter, Settlement
-from uffd_vm.fault.fault import Access, Backing, FaultFlag, FaultKind, FaultResult, describe
+from uffd_vm.fault.fault import (
+    VM_FAULT_ERROR,
+    Access,
+    Backing,
+    FaultFlag,
+    FaultKind,
+    FaultResult,
+    describe,
+)
 from uffd_vm.fault.pte import PteState
 
 if TYPE_CHECKING:
@@ -158,10 +166,14 @@ class TraceRecord:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The functions of mm/memory.c that this fault went through, outermost first."""
+        """The functions of mm/memory.c that this fault went through, in order. One that waits (RETRY), or
+        failed, did not come to finish_fault()."""
         from uffd_vm.fault import explain
 
-        return explain.explain(self)
+        steps = explain.explain(self)
+        if self.result & (FaultResult.RETRY | VM_FAULT_ERROR) and steps[-1] == "finish_fault":
+            return steps[:-1]
+        return steps
 
     def __str__(self) -> str:
         return (

@@ -23,11 +23,11 @@ REUSE = (*ENTRY, "do_wp_page", "wp_page_reuse")
 #: What each fault of the example walked through, in order; and how it ended.
 EXAMPLES = {
     "01_zero_page": [(ANON, "0"), (ANON, "0")],
-    "02_file_read": [(READ, "MAJOR")],
-    "03_copy_on_write": [(COW, "MAJOR")],
+    "02_file_read": [((*READ, "finish_fault"), "MAJOR")],
+    "03_copy_on_write": [((*COW, "finish_fault"), "MAJOR")],
     "04_write_protect": [(ANON, "0"), (REUSE, "0")],
-    "05_retry": [(READ, "RETRY"), (READ, "MAJOR")],
-    "06_typed_failure": [(READ, "MAJOR"), (READ, "SIGBUS")],
+    "05_retry": [(READ, "RETRY"), ((*READ, "finish_fault"), "MAJOR")],
+    "06_typed_failure": [((*READ, "finish_fault"), "MAJOR"), (READ, "SIGBUS")],
 }
 SAYS = {
     "01_zero_page": ["page 1 reads as 7 and 0", "NONE -> ZERO", "NONE -> PRESENT"],

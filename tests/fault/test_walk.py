@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import types
 from pathlib import Path
@@ -15,24 +14,6 @@ from uffd_vm.fault.fault import Access, Backing, Fault, FaultFlag, FaultKind
 from uffd_vm.fault.invariants import every_cell
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.rows import UNREACHABLE
-
-# By name: uffd_vm.fault.settle, the attribute, is the function.
-settle = importlib.import_module("uffd_vm.fault.settle")
-
-# Every function that the notes on mm/memory.c name, and those of its fault path that they imply.
-MEMORY_C = """
-handle_mm_fault __handle_mm_fault handle_pte_fault do_pte_missing do_anonymous_page __do_fault
-do_read_fault do_cow_fault do_shared_fault do_fault do_wp_page wp_page_copy finish_fault
-do_swap_page do_numa_page pte_unmap_same
-sanitize_fault_flags create_huge_pmd hugetlb_fault hugetlb_no_page hugetlb_wp do_fault_around
-do_page_mkwrite wp_page_shared wp_page_reuse vmf_pte_changed pte_same mm_account_fault
-"""
-
-
-@pytest.mark.parametrize("name", MEMORY_C.split())
-def test_function_of_memory_c_has_its_counterpart(name: str) -> None:
-    function = getattr(handle, name, None) or getattr(settle, name)
-    assert function.__doc__ and f"{name}()" in function.__doc__
 
 
 def fault(words: str) -> Fault:
@@ -47,7 +28,13 @@ TOP = "handle_mm_fault __handle_mm_fault handle_pte_fault"
 WALKS = [
     ("MISSING READ ANON NONE", f"{TOP} do_pte_missing do_anonymous_page", "1"),
     ("MISSING WRITE ANON NONE", f"{TOP} do_pte_missing do_anonymous_page", "4"),
-    ("MISSING READ ANON SWAPPED", f"{TOP} do_swap_page", "7"),
+    ("MISSING READ ANON SWAPPED", f"{TOP} do_swap_page pte_unmap_same", "7"),
+    ("MISSING READ ANON POISONED", f"{TOP} do_swap_page pte_unmap_same", "31"),
+    (  # the kernel maps what is cached: nothing to finish
+        "MISSING WRITE PRIVATE_FILE NONE CACHED",
+        f"{TOP} do_pte_missing do_fault do_cow_fault",
+        "11wake",
+    ),
     ("MISSING READ ANON STAGED HINT", f"{TOP} do_numa_page", "35"),
     ("MISSING READ ANON PRESENT", TOP, "30"),
     (
@@ -58,12 +45,12 @@ WALKS = [
     (  # FALLBACK
         "MISSING WRITE SHARED_FILE NONE HUGE_OK",
         "handle_mm_fault __handle_mm_fault create_huge_pmd handle_pte_fault do_pte_missing do_fault "
-        "do_shared_fault __do_fault do_page_mkwrite",
+        "do_shared_fault __do_fault do_page_mkwrite finish_fault",
         "13",
     ),
     (
         "MISSING READ PRIVATE_FILE NONE TRACKED",
-        f"{TOP} do_pte_missing do_fault do_read_fault __do_fault",
+        f"{TOP} do_pte_missing do_fault do_read_fault __do_fault finish_fault",
         "10",
     ),
     (
@@ -73,12 +60,12 @@ WALKS = [
     ),
     (
         "MISSING WRITE PRIVATE_FILE NONE",
-        f"{TOP} do_pte_missing do_fault do_cow_fault __do_fault",
+        f"{TOP} do_pte_missing do_fault do_cow_fault __do_fault finish_fault",
         "11cache",
     ),
     (
         "MINOR WRITE SHARED_FILE CACHED CACHED",
-        f"{TOP} do_pte_missing do_fault do_shared_fault do_page_mkwrite",
+        f"{TOP} do_pte_missing do_fault do_shared_fault do_page_mkwrite finish_fault",
         "15",
     ),
     (
@@ -160,6 +147,27 @@ def test_cell_explained_in_words(cli_table: types.ModuleType) -> None:
     ]
     assert "result   0, the executor may add RETRY|COMPLETED" in text
     assert " 1. look up the region, take its generation" in text
+
+
+def test_a_file_fault_explained_ends_in_finish_fault(cli_table: types.ModuleType) -> None:
+    text = cli_table.explain("missing", "read", "shared-file", "none")
+    assert text.splitlines()[7:11] == [
+        "          do_read_fault(): a read",
+        "            __do_fault(): the folio is not cached",
+        "            finish_fault(): the folio is complete",
+        "            row 12: a hole of the memfd: read it into the page cache",
+    ]
+
+
+def test_a_page_that_is_not_present_explained_has_pte_unmap_same(
+    cli_table: types.ModuleType,
+) -> None:
+    text = cli_table.explain("missing", "read", "anon", "poisoned")
+    assert text.splitlines()[5:8] == [
+        "      do_swap_page(): neither empty nor present",
+        "        pte_unmap_same(): an early look, before work that may be in vain",
+        "        row 31: poisoned before: still is",
+    ]
 
 
 def test_unknown_word_lists_the_known(cli_table: types.ModuleType) -> None:

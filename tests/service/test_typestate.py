@@ -21,8 +21,13 @@ from uffd_vm.fault.action import Counter, Settlement
 from uffd_vm.fault.fault import FaultFlag, FaultResult
 from uffd_vm.fault.pte import FolioState, PteState
 from uffd_vm.page import PAGE_SIZE
-from uffd_vm.service.fault_service import memory
-from uffd_vm.service.fault_service.memory import VmFault, finish_fault, handle_mm_fault
+from uffd_vm.service.fault_service import memory, policy
+from uffd_vm.service.fault_service.memory import (
+    VmFault,
+    do_swap_page,
+    finish_fault,
+    handle_mm_fault,
+)
 from uffd_vm.service.fault_service.typestate import (
     Seal,
     TypestateError,
@@ -32,6 +37,7 @@ from uffd_vm.service.fault_service.typestate import (
     lock_pte,
     lock_vma,
     pte_same,
+    pte_unmap_same,
     walk,
 )
 
@@ -153,6 +159,22 @@ def test_pte_that_changed_between_walk_and_lock_is_nopage_and_frees_the_buffer(
     world.fault(2, access=WRITE)
     world.complete_io()
     assert region.ptes[2] == PteState.PRESENT
+
+
+def test_entry_that_changed_before_do_swap_page_is_nopage(world: World) -> None:
+    region = world.anon()
+    region.set_ptes(0, 1, PteState.POISONED)
+    vmf = vm_fault(world)
+    with lock_vma(world.mm.space, vmf) as vma, walk(vma, MISSING) as walked:
+        assert pte_unmap_same(walked)
+        region.set_ptes(0, 1, PteState.NONE)  # the janitor has lifted the poison
+        assert not pte_unmap_same(walked)
+        vmf.row = policy.row_id("31")
+        assert do_swap_page(world.mm, vmf, walked) == FaultResult.NOPAGE
+    assert world.fake.names() == ["wake"] and world.agent.failures == []
+    assert world.counter(Counter.race_lost) == 1
+    with pytest.raises(TypestateError, match="Walked of page 0 outlived its guard"):
+        pte_unmap_same(walked)
 
 
 def test_region_dropped_during_retry_is_stale_and_wakes(world: World, path: Path) -> None:

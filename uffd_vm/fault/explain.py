@@ -44,17 +44,17 @@ class Walk:
 
     def __str__(self) -> str:
         """The levels indented as calls, the row, then the steps."""
-        f, r = self.fault, self.row
+        f, r, last = self.fault, self.row, self.levels[-1]
         lines = [
             f"{f.kind.name} {f.access.name} fault, {f.backing.name} region, page {f.pte.name}, "
             f"flags {describe(f.flags)}",
             "",
         ]
-        for depth, level in enumerate(self.levels):
-            lines.append("  " * depth + f"{level.function}(): {level.because}")
+        for level in self.levels:
+            lines.append("  " * level.depth + f"{level.function}(): {level.because}")
         added = f", the executor may add {describe(r.may_add)}" if r.may_add else ""
         lines += [
-            "  " * len(self.levels) + f"row {r}: {r.why}",
+            "  " * (last.depth + last.chooses) + f"row {r}: {r.why}",
             "",
             f"action   {r.action.name}{'' if r.executable else '  (not implemented)'}",
             f"commit   {r.commit.name}",

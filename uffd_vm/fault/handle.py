@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol, TypeVar
 
+from .action import Commit
 from .fault import Access, Backing, Fault, FaultFlag, FaultKind
 from .pte import EMPTY, PteState
 from .rows import UNREACHABLE, Row, row
+from .settle import finish_fault, pte_unmap_same
 
 __all__ = [
     "POSSIBLE_PTES",
@@ -73,15 +75,29 @@ _NOT_PRESENT = _SWAP | {_P.BUSY, _P.POISONED, _P.GUARD, _P.EVICTED}
 
 
 class Level(NamedTuple):
-    """One level of a walk: the kernel's function, and why it was entered."""
+    """One level of a walk: the kernel's function, why it was entered, how deep below the first, and
+    whether it has a choice."""
 
     function: str
     because: str
+    depth: int
+    chooses: bool
+
+
+class _Recorder:
+    """What a walk leaves behind; `depth` is that of the next level."""
+
+    def __init__(self) -> None:
+        self.levels: list[Level] = []
+        self.depth = 0
+
+    def enter(self, function: str, because: str, *, chooses: bool = True) -> None:
+        self.levels.append(Level(function, because, self.depth, chooses))
 
 
 _R_co = TypeVar("_R_co", bound="Row | None", covariant=True)
 _R = TypeVar("_R", bound="Row | None")
-_recorder: ContextVar[list[Level] | None] = ContextVar("recorder", default=None)
+_recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
 
 
 class _Chooser(Protocol[_R_co]):
@@ -94,21 +110,40 @@ def _level(chooser: Callable[[Fault], _R]) -> _Chooser[_R]:
 
     @functools.wraps(chooser)
     def enter(vmf: Fault, *, because: str = "") -> _R:
-        levels = _recorder.get()
-        if levels is not None:
-            levels.append(Level(chooser.__name__, because))
-        return chooser(vmf)
+        recorder = _recorder.get()
+        if recorder is None:
+            return chooser(vmf)
+        recorder.enter(chooser.__name__, because)
+        recorder.depth += 1
+        try:
+            return chooser(vmf)
+        finally:
+            recorder.depth -= 1
 
     return enter
+
+
+def _through(function: Callable[..., object], because: str) -> None:
+    """A level with nothing to choose: it is the same for every fault that comes there (settle.py)."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.enter(function.__name__, because, chooses=False)
+
+
+def _finished(chosen: Row) -> Row:
+    """What a folio was got for; where the kernel maps it by itself there is nothing to finish."""
+    if chosen.commit not in (Commit.NONE, Commit.WAKE):
+        _through(finish_fault, "the folio is complete")
+    return chosen
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Level]]:
     """The levels entered inside the with-block, in order."""
-    levels: list[Level] = []
-    token = _recorder.set(levels)
+    recorder = _Recorder()
+    token = _recorder.set(recorder)
     try:
-        yield levels
+        yield recorder.levels
     finally:
         _recorder.reset(token)
 
@@ -277,7 +312,7 @@ def do_read_fault(vmf: Fault) -> Row:
     """do_read_fault(): what is cached first, with its neighbours; else vm_ops->fault."""
     if vmf.flags & FaultFlag.CACHED:
         return do_fault_around(vmf, because="the folio is cached")
-    return __do_fault(vmf, because="the folio is not cached")
+    return _finished(__do_fault(vmf, because="the folio is not cached"))
 
 
 @_level
@@ -294,16 +329,16 @@ def do_fault_around(vmf: Fault) -> Row:
 def do_cow_fault(vmf: Fault) -> Row:
     """do_cow_fault(): a private copy, charged before the folio is read."""
     if not vmf.flags & FaultFlag.CACHED:
-        return __do_fault(vmf, because="the folio is not cached")
-    return row("11cached") if _tracked(vmf) else row("11wake")
+        return _finished(__do_fault(vmf, because="the folio is not cached"))
+    return _finished(row("11cached") if _tracked(vmf) else row("11wake"))
 
 
 @_level
 def do_shared_fault(vmf: Fault) -> Row:
     """do_shared_fault(): the folio, then page_mkwrite, then dirty."""
     if not vmf.flags & FaultFlag.CACHED:
-        return __do_fault(vmf, because="the folio is not cached")
-    return do_page_mkwrite(vmf, because="the folio is about to be written")
+        return _finished(__do_fault(vmf, because="the folio is not cached"))
+    return _finished(do_page_mkwrite(vmf, because="the folio is about to be written"))
 
 
 @_level
@@ -389,6 +424,7 @@ def wp_page_copy(vmf: Fault) -> Row:
 @_level
 def do_swap_page(vmf: Fault) -> Row:
     """do_swap_page(): migration entries, markers, then what reclaim took."""
+    _through(pte_unmap_same, "an early look, before work that may be in vain")
     if vmf.pte is PteState.BUSY:
         return row("p3")
     if vmf.pte is PteState.POISONED:

@@ -50,6 +50,7 @@ from uffd_vm.service.fault_service.typestate import (
     lock_pte,
     lock_vma,
     pte_same,
+    pte_unmap_same,
     same_page,
     walk,
 )
@@ -344,6 +345,8 @@ def wp_page_reuse(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
 
 
 def do_swap_page(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
+    if not pte_unmap_same(walked):
+        return settle_errno(mm, vmf, walked, _RACE, 0)
     return _DO_SWAP_PAGE[policy.ACTION[vmf.row]](mm, vmf, walked)
 
 

@@ -265,6 +265,15 @@ def same_page(a: _Token[P], b: _Token[P]) -> None:
         raise a._wrong_page(b)
 
 
+def pte_unmap_same(walked: Walked[P]) -> bool:
+    """Is the entry still what we walked? An early look without the lock: it saves work that would be in
+    vain, and protects nothing; pte_same() does."""
+    held(walked)
+    region, index = walked.region, walked.index
+    version_same = region.versions[index] == walked.version
+    return version_same and region.walk(index, walked.kind) == walked.orig_pte
+
+
 def pte_same(pte: PteLocked[P], walked: Walked[P]) -> bool:
     """Is the entry, now that we hold its lock, what we walked? False: somebody was faster."""
     same_page(pte, walked)
