@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import json
+import os
+import platform
+import struct
+import tempfile
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import uffd_vm as uv
+from uffd_vm.cli import main
 from uffd_vm.errors import FeatureUnavailable, InvalidArgument, PermissionUnavailable
 from uffd_vm.kernel import features
 from uffd_vm.kernel.features import ALL_FEATURES, LIBRARY_FEATURES, Feature, Probe, Way
@@ -162,3 +171,80 @@ def test_degraded_use_is_not_advised_to_whom_has_it():
 
 def test_nothing_to_cure_where_all_works():
     assert features.cures(found()) == []
+
+
+# --- a process that may not: map() and the doctor say the same
+
+_BPF_LOAD, _BPF_JUMP_EQUAL, _BPF_RETURN = 0x20, 0x15, 0x06
+_SECCOMP_ALLOW, _SECCOMP_ERRNO = 0x7FFF0000, 0x00050000
+_NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+
+
+def forbid_userfaultfd() -> int:
+    """A container's seccomp profile: the system call userfaultfd is EPERM, everything else as before."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    instructions = [
+        struct.pack("HBBI", _BPF_LOAD, 0, 0, 0),  # the number of the system call
+        struct.pack("HBBI", _BPF_JUMP_EQUAL, 0, 1, _NR_USERFAULTFD[platform.machine()]),
+        struct.pack("HBBI", _BPF_RETURN, 0, 0, _SECCOMP_ERRNO | errno.EPERM),
+        struct.pack("HBBI", _BPF_RETURN, 0, 0, _SECCOMP_ALLOW),
+    ]
+    code = ctypes.create_string_buffer(b"".join(instructions))
+    program = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(code))
+    )
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+        return -ctypes.get_errno()
+    return 0
+
+
+def in_child_without_permission(seccomp: bool) -> dict[str, object]:
+    CliRunner().invoke(main, ["doctor", "--json"])  # imports, which somebody else may not
+    if seccomp and (rc := forbid_userfaultfd()):
+        return {"skip": os.strerror(-rc)}
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    features.forget()
+    answer: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(b"x" * 8192)
+        for name, make in {
+            "map": lambda: uv.map(path, service="native"),
+            "anonymous": lambda: uv.anonymous(4096),
+        }.items():
+            try:
+                make().close()
+            except PermissionUnavailable as error:
+                answer[name] = (error.errno, str(error))
+        with uv.map(path) as region:  # "auto": the kernel's own mmap needs no permission
+            answer["auto"] = (region.service, bytes(region.buffer[:2]))
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    answer["doctor"], answer["exit"] = json.loads(result.output), result.exit_code
+    return answer
+
+
+@pytest.mark.root
+@pytest.mark.requires()
+@pytest.mark.parametrize("seccomp", [False, True], ids=["no privilege", "seccomp"])
+def test_map_and_the_doctor_name_the_same_cures(run_in_child, seccomp):
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("vm.unprivileged_userfaultfd is on; set it to 0")
+    answer = run_in_child(in_child_without_permission, seccomp).value
+    if "skip" in answer:
+        pytest.skip(f"no seccomp filter here ({answer['skip']}); use a kernel with CONFIG_SECCOMP")
+    assert answer["exit"] == 2 and answer["doctor"]["mode"] is None
+    assert answer["auto"] == ("kernel", b"xx")
+    problems = answer["doctor"]["problems"]
+    assert problems
+    for name in ("map", "anonymous"):
+        code, text = answer[name]
+        assert code == errno.EPERM
+        for cure in problems:
+            assert cure["problem"] in text
+            assert all(command in text for command in cure["commands"])
+    commands = " ".join(command for cure in problems for command in cure["commands"])
+    assert ("seccomp=profile.json" in commands) is seccomp
+    assert ("vm.unprivileged_userfaultfd=1" in commands) is not seccomp
+    assert ("UFFD_VM_USER_MODE_ONLY=1" in commands) is not seccomp

@@ -8,6 +8,7 @@ import functools
 import os
 
 from uffd_vm.errors import UffdError
+from uffd_vm.kernel import features
 from uffd_vm.kernel.mapping import PageCategory, scan
 from uffd_vm.page import PAGE_SIZE, nr_pages
 
@@ -19,6 +20,8 @@ def nr_pages_with(
 ) -> int | None:
     """Pages in [start, end) that are of all categories `need` and of none of `without`; None where
     the kernel cannot tell (no PAGEMAP_SCAN before 6.7)."""
+    if not features.probe().pagemap_scan:
+        return None
     try:
         found = scan(start, end, need=need, tell=need | without)
         return sum(r.end - r.start for r in found if not r.categories & without) // PAGE_SIZE

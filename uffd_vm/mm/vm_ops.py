@@ -349,6 +349,8 @@ class UserfaultOps(_Memory):
     def ptes(self, index: int, nr_pages: int) -> bytes:
         self._wait_published()
         ptes = lib.uvm_region_ptes(self.handle)
+        if ptes == ffi.NULL:
+            self._check(-errno.ESTALE, "walk")
         return bytes(ffi.buffer(ptes + index, nr_pages))
 
     # --- numbers ------------------------------------------------------------------------------------
