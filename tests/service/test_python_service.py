@@ -3,9 +3,11 @@ process comes, dies and goes without taking anything along."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -214,7 +216,7 @@ def test_page_dropped_behind_our_back_is_filled_again() -> None:
 # --- hooks ------------------------------------------------------------------------------------------
 
 # A bound method that ignores what it is asked: pickles without cloudpickle.
-ALLOW, DENY = "ok".format, "deny".format
+ALLOW, WAIT = "ok".format, "wait".format
 
 
 def test_hook_that_agrees_lets_the_store_through(path: Path) -> None:
@@ -222,7 +224,7 @@ def test_hook_that_agrees_lets_the_store_through(path: Path) -> None:
         memory = region.buffer
         memory[0] = 1
         memory.release()
-        assert region.trace()[-1].steps[-1] == "do_page_mkwrite"
+        assert region.trace()[-1].steps[-2:] == ("do_page_mkwrite", "finish_fault")
 
 
 def test_hook_that_denies_makes_the_store_fail(path: Path) -> None:
@@ -253,6 +255,76 @@ def test_changed_file_raises_and_shows_no_byte(path: Path) -> None:
         assert region.trace()[-1].result == FaultResult.SIGBUS
         with pytest.raises((uv.SourceChanged, OSError)):
             region.load()
+
+
+def test_store_that_waits_past_its_deadline_raises_and_is_not_made(path: Path) -> None:
+    before = path.read_bytes()
+    with uv.map(path, "r+", service="python", page_mkwrite=WAIT, deadline=0.3) as region:
+        memory = region.buffer
+        began = time.monotonic()
+        with pytest.raises(uv.SourceTimeout) as raised:
+            memory[5 * PAGE_SIZE] = before[5 * PAGE_SIZE] ^ 0xFF
+            for _ in range(20):
+                len("a call")
+        assert 0.3 <= time.monotonic() - began < 2
+        assert (raised.value.errno, raised.value.index) == (errno.ETIMEDOUT, 5)
+        assert memory[5 * PAGE_SIZE] == before[5 * PAGE_SIZE]
+        memory.release()
+    assert path.read_bytes() == before
+
+
+def test_error_of_write_back_is_kept_and_raised_and_nothing_is_lost(path: Path) -> None:
+    want = bytearray(path.read_bytes())
+    region = uv.map(path, mode="r+", service="python")
+    with region.buffer as memory:
+        memory[70 * PAGE_SIZE] = want[70 * PAGE_SIZE] = want[70 * PAGE_SIZE] ^ 0xFF
+    # What a full disk does: the service's write fails, with EFBIG.
+    pid, limit = python_service().pid, resource.RLIMIT_FSIZE
+    before = resource.prlimit(pid, limit, (60 * PAGE_SIZE, resource.RLIM_INFINITY))
+    for _ in range(2):
+        with pytest.raises(uv.SourceError) as raised:
+            region.flush()
+        assert raised.value.errno == errno.EFBIG
+    with pytest.raises(uv.SourceError):
+        region.close()
+    assert not region.closed and region.residency().dirty_bytes == PAGE_SIZE
+    resource.prlimit(pid, limit, before)
+    try:
+        region.flush()  # may still tell of the one that close() made
+    except uv.SourceError:
+        region.flush()
+    assert region.residency().dirty_bytes == 0
+    region.close()
+    assert path.read_bytes() == want
+
+
+def test_ctrl_c_reaches_a_thread_that_waits_for_the_service(path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(f"""
+            import uffd_vm as uv
+            region = uv.map({str(path)!r}, "r+", service="python", page_mkwrite="wait".format)
+            memory = region.buffer
+            print("waiting", flush=True)
+            try:
+                memory[0] = 1
+                for _ in range(100):
+                    len("a call")
+            except KeyboardInterrupt:
+                print("KeyboardInterrupt", flush=True)
+            memory.release()
+            region.discard()
+        """)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "waiting\n"
+    time.sleep(0.6)  # it sleeps in the page fault, with the GIL held
+    child.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    line = child.stdout.readline()
+    took = time.monotonic() - began
+    _, errors = child.communicate(timeout=20)
+    assert line == "KeyboardInterrupt\n", errors
+    assert took < 1.0 and child.returncode == 0, errors
 
 
 def test_dead_service_fails_faults_and_is_reaped(path: Path) -> None:

@@ -1,0 +1,87 @@
+"""The cap of a file's cache: a pass over four times as much never holds more than the cap and one per cent,
+by our own count and by the memfd's blocks."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import uffd_vm as uv
+from tests.support import in_thread
+from uffd_vm.kernel._lib import lib
+from uffd_vm.page import PAGE_SIZE
+from uffd_vm.testing.invariants import check_all
+
+pytestmark = pytest.mark.usefixtures("uffd")
+
+
+class Watched:
+    """A region, and the most that its memfd was seen to hold."""
+
+    def __init__(self, region: uv.Region, cap_pages: int) -> None:
+        self.region, self.cap_pages = region, cap_pages
+        self.cache = region._ops.cache
+        self.most = 0
+
+    def look(self) -> None:
+        blocks = os.fstat(self.cache.data_fd).st_blocks * 512 // PAGE_SIZE
+        self.most = max(self.most, blocks)
+
+    def check(self) -> None:
+        limit = self.cap_pages * 1.01
+        assert lib.uvm_cache_ctl(self.cache.id).nr_peak <= limit, "by our own count"
+        assert self.most <= limit, "by the memfd's blocks"
+        assert self.most >= self.cap_pages * 0.5, "the cap is used"
+
+
+@pytest.mark.parametrize(
+    ("service", "cap_pages"),
+    [(service, pages) for service in ("native", "python", "inline") for pages in (64, 256, 1024)]
+    + [("native", 4096)],
+)
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+def test_a_pass_over_four_caps_peaks_at_the_cap(make_file, service, mode, cap_pages):
+    path = make_file(4 * cap_pages * PAGE_SIZE)
+    model = bytearray(path.read_bytes())
+    with uv.map(path, mode, service=service, cap=cap_pages * PAGE_SIZE) as region:
+        watched = Watched(region, cap_pages)
+        with region.buffer as buffer:
+            for page in range(4 * cap_pages):
+                assert buffer[page * PAGE_SIZE] == model[page * PAGE_SIZE]
+                if page % 8 == 0:
+                    watched.look()
+            watched.check()
+            if mode == "r+":  # dirty ones are written back first
+                for page in range(4 * cap_pages):
+                    buffer[page * PAGE_SIZE + 3] = model[page * PAGE_SIZE + 3] = page & 0xFF
+                    if page % 8 == 0:
+                        watched.look()
+                watched.check()
+            assert region.residency().cache_cap_bytes == cap_pages * PAGE_SIZE
+        check_all(region)
+    assert path.read_bytes() == model
+
+
+@pytest.mark.parametrize("service", ["native", "inline"])
+def test_threads_in_many_places_stay_under_the_cap_too(make_file, service):
+    cap_pages = 1024
+    path = make_file(4 * cap_pages * PAGE_SIZE)
+    model = path.read_bytes()
+    with uv.map(path, service=service, cap=cap_pages * PAGE_SIZE) as region:
+        watched = Watched(region, cap_pages)
+
+        def quarter(number: int) -> int:
+            with region.buffer as buffer:
+                part = memoryview(buffer)[number * cap_pages * PAGE_SIZE :][: cap_pages * PAGE_SIZE]
+                same = bytes(part) == model[number * cap_pages * PAGE_SIZE :][: len(part)]
+                part.release()
+            watched.look()
+            return int(same)
+
+        workers = [in_thread(quarter, n) for n in range(4)]
+        while any(worker.alive() for worker in workers):  # type: ignore[attr-defined]
+            watched.look()
+        assert all(worker() for worker in workers)
+        watched.check()
+        check_all(region)
