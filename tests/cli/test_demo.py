@@ -91,6 +91,17 @@ def test_a_name_is_no_markup(tmp_path: Path) -> None:
     assert "[bold]x [red] [x].npy" in done.stdout
 
 
+def test_a_file_is_meant_from_where_the_script_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "export UFFD_VM_DEMO_FROM=$PWD" in (ROOT / "scripts/demo").read_text()
+    monkeypatch.setenv("UFFD_VM_DEMO_FROM", str(tmp_path))
+    npy(tmp_path / "users.npy", np.arange(1000.0))
+    done = run_demo(tmp_path, "users.npy")
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/users.npy" in done.stdout
+
+
 def test_takes_every_version_of_the_format(tmp_path: Path) -> None:
     for version in ((1, 0), (2, 0), (3, 0)):
         path = npy(tmp_path / "users.npy", np.arange(4000.0), version)

@@ -477,7 +477,10 @@ def main(file: Path | None, mib: int) -> None:
     console = Console()
     start = time.perf_counter()
     try:
-        npy = NpyFile.of(file) if file is not None else make_array(console, mib)
+        if file is not None:
+            npy = NpyFile.of(Path(os.environ.get("UFFD_VM_DEMO_FROM", ""), file))
+        else:
+            npy = make_array(console, mib)
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         run(console, npy, directory / "heatmap.png")
