@@ -326,6 +326,7 @@ _COUNTERS = {
     "pgmajfault": "major: content was read from the file",
     "pgminfault": "minor: it was there",
     "pgfault_failed": "failed",
+    "map_around": "pages that came with a fault, around it",
     "readahead": "pages that were read ahead of a fault",
 }
 
