@@ -13,6 +13,8 @@ def main() -> None:
         memory[0]  # missing read: zeros, write-protected
         memory[0] = 1  # the first store: a write-protect fault, wp_page_reuse()
         memory[1] = 2  # the page is writable now: no fault
+        region.protect()  # armed again
+        memory[2] = 3  # so the next store is seen, too
         memory.release()
         for record in region.trace():
             print(record)

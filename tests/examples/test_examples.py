@@ -25,7 +25,7 @@ EXAMPLES = {
     "01_zero_page": [(ANON, "0"), (ANON, "0")],
     "02_file_read": [((*READ, "finish_fault"), "MAJOR")],
     "03_copy_on_write": [((*COW, "finish_fault"), "MAJOR")],
-    "04_write_protect": [(ANON, "0"), (REUSE, "0")],
+    "04_write_protect": [(ANON, "0"), (REUSE, "0"), (REUSE, "0")],
     "05_retry": [(READ, "RETRY"), ((*READ, "finish_fault"), "MAJOR")],
     "06_typed_failure": [((*READ, "finish_fault"), "MAJOR"), (READ, "SIGBUS")],
 }
