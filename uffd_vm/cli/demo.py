@@ -368,7 +368,7 @@ def one_fault(console: Console, file: NpyFile) -> None:
     """A single fault, served by the Python service and explained step by step."""
     with _mapped(file, service="python") as (region, table):
         value = float(table[table.shape[0] // 2, 0])
-        record = _last_record(region)
+        record = region.trace()[-1]
         del table
     _title(console, '7. One fault, step by step: uv.map(service="python")')
     _say(
@@ -378,14 +378,6 @@ def one_fault(console: Console, file: NpyFile) -> None:
         f"{record.latency_ns / 1e3:.0f} us. The functions are those of mm/memory.c.",
     )
     console.print(f"\n{record.walk}", highlight=False, markup=False)
-
-
-def _last_record(region: uv.Region) -> uv.TraceRecord:
-    """Of the fault that was just served: it is written a moment after the thread was woken."""
-    until = time.monotonic() + 5
-    while not (records := region.trace()) and time.monotonic() < until:
-        time.sleep(0.001)
-    return records[-1]
 
 
 # --- the heat map ---------------------------------------------------------------------------------
