@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,18 @@ from uffd_vm.testing.inject import inject
         ({"cap": "lots"}, "cannot read"),
         ({"cap": 1.5}, "neither"),
         ({"track": True}, "track"),
+        ({"track": 1}, "track: 1 is neither True nor False"),
+        ({"track": "no"}, "track: 'no' is neither"),
+        ({"trace": "x"}, "trace: 'x' is neither"),
+        ({"trace": None}, "trace: None is neither"),
+        ({"name": 5}, "name: 5 is no str"),
+        ({"name": b"bytes"}, "name: b'bytes' is no str"),
+        ({"mode": ["r"]}, "mode"),
+        ({"service": 5}, "service"),
+        ({"on_error": ["raise"]}, "on_error"),
+        ({"offset": "0"}, "no int"),
+        ({"deadline": True}, "deadline"),
+        ({"deadline": 10**400}, "deadline"),
     ],
 )
 def test_bad_arguments_are_refused(make_file, service, kwargs, match):
@@ -64,6 +77,20 @@ def test_bad_sizes_of_anonymous_memory_are_refused(nbytes):
         uv.anonymous(nbytes)
 
 
+@pytest.mark.parametrize(
+    "kwargs, match",
+    [
+        ({"track": "x"}, "track: 'x' is neither"),
+        ({"trace": 0}, "trace: 0 is neither"),
+        ({"name": 5}, "name: 5 is no str"),
+        ({"service": None, "deadline": "soon"}, "deadline"),
+    ],
+)
+def test_bad_arguments_of_anonymous_memory_are_refused(kwargs, match):
+    with pytest.raises(uv.InvalidArgument, match=match):
+        uv.anonymous(PAGE_SIZE, **kwargs)
+
+
 def test_more_than_the_address_space_is_a_memory_error():
     for nbytes in (1 << 60, 1 << 70):
         with pytest.raises(MemoryError):
@@ -79,6 +106,36 @@ def test_anonymous_memory_of_the_kernel_is_refused():
 def test_what_is_no_path_is_refused(what):
     with pytest.raises(uv.InvalidArgument, match="no path"):
         uv.map(what)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\0", Path("a\0b")])
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_path_with_a_nul_is_refused(path, mode):
+    with pytest.raises(uv.InvalidArgument, match="NUL"):
+        uv.map(path, mode)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bogus", "f4,bogus", 5, object(), {"names": ["a"]}, [("a",)], "f4,("]
+)
+def test_what_is_no_dtype_is_refused(make_file, dtype):
+    with uv.map(make_file()) as region:
+        with pytest.raises(uv.InvalidArgument, match=r"array: .* is no dtype"):
+            region.array(dtype)
+
+
+@pytest.mark.parametrize("offset", [1.5, "0", None, [4]])
+def test_what_is_no_offset_of_an_array_is_refused(make_file, offset):
+    with uv.map(make_file()) as region:
+        with pytest.raises(uv.InvalidArgument, match="no whole number of bytes"):
+            region.array(offset=offset)
+
+
+@pytest.mark.parametrize("advice", [5, None, ["normal"], "dontneed"])
+def test_what_is_no_advice_is_refused(make_file, advice):
+    with uv.map(make_file()) as region:
+        with pytest.raises(uv.InvalidArgument, match="advise"):
+            region.advise(advice)
 
 
 def test_a_url_is_refused():

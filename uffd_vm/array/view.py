@@ -31,7 +31,12 @@ def array_view(
     """
     import numpy as np
 
-    dt = np.dtype(dtype)
+    try:
+        dt = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise InvalidArgument(
+            f"array: {dtype!r} is no dtype ({error}); give one that NumPy knows, as 'float32' or '<i8'"
+        ) from None
     if dt.hasobject:
         raise InvalidArgument(
             f"array: dtype {dt} holds Python objects; their pointers mean nothing in mapped bytes"
@@ -42,6 +47,10 @@ def array_view(
         )
     if order not in ("C", "F"):
         raise InvalidArgument(f"array: order {order!r} is neither 'C' nor 'F'")
+    try:
+        offset = operator.index(offset)
+    except TypeError:
+        raise InvalidArgument(f"array: offset {offset!r} is no whole number of bytes") from None
     if not 0 <= offset <= buffer.nbytes:
         raise InvalidArgument(
             f"array: offset {offset} is outside the region's {buffer.nbytes} bytes"

@@ -132,6 +132,17 @@ def _checked(options: Options, *, cap_is_explicit: bool) -> _Settings:
     )
 
 
+def _check_kinds(track: object, trace: object, name: object) -> None:
+    """What says yes or no must not be said by something that only looks true; a name is for people."""
+    for what, value in (("track", track), ("trace", trace)):
+        if not isinstance(value, bool):
+            raise InvalidArgument(f"{what}: {value!r} is neither True nor False")
+    if name is not None and not isinstance(name, str):
+        raise InvalidArgument(
+            f"name: {name!r} is no str; it is what error messages call the region"
+        )
+
+
 def _path_of(path: object) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgument(
@@ -142,6 +153,10 @@ def _path_of(path: object) -> str:
         name = os.fsdecode(name)
     if not name:
         raise InvalidArgument("map: '' is no path")
+    if "\0" in name:
+        raise InvalidArgument(
+            f"map: {name!r} is no path: it has a NUL character, which ends a path; take it out"
+        )
     if re.match(r"[a-z][a-z0-9+.-]+://", name):
         raise FeatureUnavailable(
             f"map: {name!r} is a URL, and this version maps local files only; download it, or mount it"
@@ -301,6 +316,7 @@ class AddressSpace:
             cap_is_explicit=cap is not None,
         )
         _one_of(mode, _MODES, "mode")
+        _check_kinds(track, trace, name)
         if budget is not None:
             refuse_unexecutable(
                 Backing.PRIVATE_FILE if mode == "c" else Backing.SHARED_FILE,
@@ -494,6 +510,7 @@ class AddressSpace:
             ),
             cap_is_explicit=False,
         )
+        _check_kinds(track, trace, name)
         if budget is not None:
             refuse_unexecutable(Backing.ANON, FaultFlag.TRACKED, budget=budget)
             raise FeatureUnavailable("budget=: not in this version")

@@ -143,7 +143,7 @@ class Region:
         """
         if advice == "willneed":
             self.prefetch()
-        elif advice in Advice:
+        elif isinstance(advice, str) and advice in Advice:
             self._ops.advise(advice)
         else:
             known = [*Advice, "willneed"]
