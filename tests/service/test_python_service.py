@@ -158,6 +158,20 @@ def test_cache_stays_under_its_cap(path: Path) -> None:
     assert all(after[n * PAGE_SIZE] == data[n * PAGE_SIZE] ^ 0xFF for n in range(NR_PAGES))
 
 
+@pytest.mark.parametrize("cap_pages", [1, 2, 7, 16, 33])
+def test_window_above_the_cap_is_no_lack_of_memory(path: Path, cap_pages: int) -> None:
+    data = path.read_bytes()
+    with uv.map(path, mode="r", service="python", cap=cap_pages * PAGE_SIZE) as region:
+        memory = region.buffer
+        for index in random.Random(3).sample(range(NR_PAGES), 50):
+            assert memory[index * PAGE_SIZE] == data[index * PAGE_SIZE]
+            assert region.residency().cache_bytes <= cap_pages * PAGE_SIZE
+        region.load()
+        assert bytes(memory) == data
+        assert region.stats()["oom"] == 0
+        memory.release()
+
+
 def test_load_is_no_fault(path: Path) -> None:
     data = path.read_bytes()
     with uv.map(path, mode="r", service="python") as region:

@@ -390,6 +390,17 @@ class PageCache:
             return True
         return self._ctl[_NR_USED] + nr_pages <= self._ctl[_CAP]
 
+    def window(self, nr_pages: int) -> int:
+        """A power of two of pages to bring at a time, at most `nr_pages`: more than a quarter of the cap
+        would throw away what was just brought."""
+        return min(nr_pages, 1 << (max(1, self.cap_pages // 4).bit_length() - 1))
+
+    def make_room(self, nr_pages: int) -> bool:
+        """Whether nr_pages more fit now, clean ones given back for them."""
+        if not self.room_for(nr_pages):
+            self.shrink(nr_pages)
+        return self.room_for(nr_pages)
+
     def shrink(self, nr_pages: int) -> int:
         """Gives back clean folios, the oldest first, until nr_pages more fit. Returns how many."""
         freed = 0

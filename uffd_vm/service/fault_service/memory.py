@@ -266,11 +266,11 @@ def __do_fault(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> Read | VmFaultT:
         if vmf.flags & _FLAG_CACHED:
             return cache.read_cached(folio, 1)
         around = 1 if region.control.advice == _RANDOM else region.fault_around_pages
-        first, end = region.absent_run(index, around)
-        if not cache.room_for(end - first) and not cache.shrink(end - first):
+        first, end = region.absent_run(index, cache.window(around))
+        if not cache.make_room(end - first):
             first, end = index, index + 1
-        if not cache.room_for(end - first):
-            return mem_cgroup_charge_failed(mm, vmf, walked, cache)
+            if not cache.make_room(1):
+                return mem_cgroup_charge_failed(mm, vmf, walked, cache)
         read = cache.start_read(region.pgoff + first, end - first)
         region.control.counters[_BYTES_READ] += (end - first) << PAGE_SHIFT
     if not read.happened:

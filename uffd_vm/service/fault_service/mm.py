@@ -230,7 +230,7 @@ class Mm:
                 _, last = region.absent_run(at, 1 << (limit - 1).bit_length())
                 last = min(last, end) if end - at >= region.fault_around_pages else last
                 nr = last - at
-                if not cache.room_for(nr) and not cache.shrink(nr):
+                if not cache.make_room(nr):
                     nr = 1
                 waited = False
                 while not cache.room_for(nr):
