@@ -4,7 +4,7 @@
  * Look-ups come from fault threads and from a SIGBUS handler, so they take no lock: a sequence count
  * guards the sorted span array, and slots are type-stable, so that a look-up that lost a race reads a
  * slot that is valid memory and sees by state and range that it lost. */
-#include "internal.h"
+#include "failure.h"
 
 #include <stdlib.h>
 
@@ -742,6 +742,20 @@ int uvm_region_load(int64_t handle, uint64_t index, uint64_t nr_pages, uint64_t 
 	if (r)
 		uvm_region_put(r);
 	return rc < 0 ? (int)rc : 0;
+}
+
+int uvm_region_unpoison(int64_t handle, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int rc = range_check(r, index, nr_pages);
+	for (uint64_t i = uvm_next_touched(r, index); rc == 0 && i < index + nr_pages;
+	     i = uvm_next_touched(r, i + 1))
+		if (atomic_load(&r->ptes[i]) == UVM_PTE_POISONED)
+			uvm_failure_lift(r, i);
+	uvm_region_put(r);
+	return rc;
 }
 
 int uvm_region_prefetch(int64_t handle, uint64_t index, uint64_t nr_pages)

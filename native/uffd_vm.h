@@ -119,6 +119,7 @@ struct uvm_cache_ctl {
 	uint64_t nr_attached; /* processes that fill it: the owner and its forked children */
 	uint64_t wb_err_seq; /* counts failed write-backs (errseq_t): each flusher sees each once */
 	int64_t wb_err;      /* errno of the last one */
+	uint64_t nr_writing; /* writes of the Python service under way: mtime is moving */
 };
 enum { UVM_CACHE_CTL_BYTES = 65536 };
 
@@ -170,6 +171,8 @@ int uvm_region_advise(int64_t region, int advice);
 /* Synchronous work of the calling thread on pages [index, index + nr_pages): no fault is taken.
  * On failure *failed_index tells which page. */
 int uvm_region_load(int64_t region, uint64_t index, uint64_t nr_pages, uint64_t *failed_index);
+/* The caller is about to try again: what is poisoned is missing again. service="python", before a load. */
+int uvm_region_unpoison(int64_t region, uint64_t index, uint64_t nr_pages);
 int uvm_region_prefetch(int64_t region, uint64_t index,
 			uint64_t nr_pages); /* queued; -EAGAIN: queue full */
 int64_t uvm_region_evict(int64_t region, uint64_t index, uint64_t nr_pages); /* pages given back */
@@ -220,12 +223,18 @@ int uvm_region_ctl_fd(int64_t region);
  * the memory can do, and that fails every fault (typed: PagerDied) once `pidfd` is readable. */
 int uvm_agent_start(int socket_fd, int pidfd);
 int uvm_agent_stop(void);
+/* Around a wait for a reply of the process (1, then -1): as for a fault, it is asked for a sign of life,
+ * and killed when it is silent for too long. Then the reply is end of file. */
+void uvm_agent_await(int more);
+/* 0: it lives; EPIPE: it has ended; ETIMEDOUT: it was silent, and killed. */
+int uvm_agent_ended(void);
 enum uvm_agent_op {
 	UVM_AGENT_DONTNEED = 1,
 	UVM_AGENT_PROTECT_READ,
 	UVM_AGENT_FAILED,
 	UVM_AGENT_EVICT,
-	UVM_AGENT_INTERRUPTED /* did Ctrl-C arrive while thread `index` (a tid) waits? nr_pages 0: stop looking */
+	UVM_AGENT_INTERRUPTED, /* did Ctrl-C arrive while thread `index` (a tid) waits? nr_pages 0: stop looking */
+	UVM_AGENT_ALIVE /* the answer to UVM_AGENT_ASK; has no reply */
 };
 struct uvm_agent_request { /* 40 bytes, one per message */
 	uint32_t op;
@@ -236,9 +245,10 @@ struct uvm_agent_request { /* 40 bytes, one per message */
 	uint32_t seq;
 };
 struct uvm_agent_reply {
-	uint32_t seq;
+	uint32_t seq; /* of the request, which is never 0 */
 	int32_t rc;
 };
+enum { UVM_AGENT_ASK = 0 }; /* as seq: no reply, the agent asks for a sign of life */
 
 /* ---- this process ----------------------------------------------------------------------------- */
 struct uvm_config {

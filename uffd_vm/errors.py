@@ -135,7 +135,10 @@ class SourceChanged(SourceError):
 
 
 class PagerDied(SourceError):
-    """The process that serves this memory died."""
+    """The process that serves this memory died (EPIPE), or said nothing for too long and was killed
+    (ETIMEDOUT). What it served is as it was: `region.load()` starts another, which takes over."""
 
     default_errno = _errno.EPIPE
-    default_message = "the process that serves this memory died"
+    default_message = (
+        "the process that serves this memory died; call region.load(), which starts another"
+    )

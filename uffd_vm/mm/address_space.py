@@ -681,19 +681,26 @@ class AddressSpace:
     def _attach(self, descriptor: RegionDescriptor) -> None:
         from uffd_vm.service.python import python_service
 
-        python_service().attach(descriptor)
+        service = python_service()
+        try:
+            service.attach(descriptor)
+        except BaseException:
+            if not self._python:
+                service.close()
+            raise
         self._python[descriptor.handle] = descriptor
 
     def _detach(self, handle: int) -> None:
-        from uffd_vm.service.python import python_service
+        from uffd_vm.service.python import running_service
 
         with self._lock:
             if self._python.pop(handle, None) is None:
                 return
-            service = python_service()
-            service.detach(handle)
-            if not self._python:
-                service.close()
+            service = running_service()  # a dead one has let go already: no other for that
+            if service is not None:
+                service.detach(handle)
+                if not self._python:
+                    service.close()
 
     # --- the process --------------------------------------------------------------------------------
 

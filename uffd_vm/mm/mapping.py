@@ -20,7 +20,7 @@ import threading
 import warnings
 from typing import Any, NoReturn, Protocol
 
-from uffd_vm.errors import RegionBusyError
+from uffd_vm.errors import PagerDied, RegionBusyError
 from uffd_vm.kernel._lib import ffi
 
 __all__ = ["Mapping", "Teardown", "retry_orphans"]
@@ -135,7 +135,10 @@ class Mapping(mmap.mmap):
         if self._teardown is None or self.closed:
             return
         try:
-            self._teardown.flush_all()
+            try:
+                self._teardown.flush_all()
+            except PagerDied:  # another process takes over, and has all that was not written yet
+                self._teardown.flush_all()
         except Exception as error:
             log.error("region %r: changes were lost: %s", self._teardown.name, error)
 

@@ -47,6 +47,8 @@ Advice = {
 _POPULATE = {"read": 22, "write": 23}  # MADV_POPULATE_READ, _WRITE (Linux 5.14)
 _MADV_PAGEOUT = 21
 _EHWPOISON = 133  # not in the errno module
+_ENSURE_TRIES = 8
+_PAGER_DIED = "the process that serves this memory died; call region.load(), which starts another"
 
 
 def _nothing() -> None:
@@ -262,7 +264,7 @@ class UserfaultOps(_Memory):
             errno.ESTALE: (SourceChanged, "the file is not what was mapped; map it again"),
             errno.ENODATA: (SourceChanged, "the file is shorter than it was; map it again"),
             errno.ETIMEDOUT: (SourceTimeout, "the region's deadline passed"),
-            errno.EPIPE: (PagerDied, "the serving process died"),
+            errno.EPIPE: (PagerDied, _PAGER_DIED),
             errno.ENOMEM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
         }.get(-rc, (SourceError, what))
         self._raise(cls, why, -rc, index)
@@ -296,6 +298,7 @@ class UserfaultOps(_Memory):
     def load(self, index: int, nr_pages: int) -> None:
         self._check_sticky()
         if self._request:
+            self._check(lib.uvm_region_unpoison(self.handle, index, nr_pages), "load")
             self._ask("load", index, nr_pages)
             return
         failed = ffi.new("uint64_t *")
@@ -554,6 +557,6 @@ _FAILURES: dict[int, tuple[type[UffdVmError], str]] = {
     lib.UVM_FAILURE_SOURCE: (SourceError, "the source failed"),
     lib.UVM_FAILURE_TIMEOUT: (SourceTimeout, "the region's deadline passed"),
     lib.UVM_FAILURE_CHANGED: (SourceChanged, "the file is not what was mapped; map it again"),
-    lib.UVM_FAILURE_PAGER: (PagerDied, "the serving process died"),
+    lib.UVM_FAILURE_PAGER: (PagerDied, _PAGER_DIED),
     lib.UVM_FAILURE_OOM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
 }

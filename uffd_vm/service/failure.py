@@ -85,7 +85,10 @@ _TEXTS: dict[int, tuple[str, str]] = {
         "touch it again to try again, or give the region a longer deadline",
     ),
     lib.UVM_FAILURE_CHANGED: ("the source is not the version that was mapped", "map it again"),
-    lib.UVM_FAILURE_PAGER: ("the process that serves this memory died", "map it again"),
+    lib.UVM_FAILURE_PAGER: (
+        "the process that serves this memory died",
+        "call region.load(), which starts another",
+    ),
     lib.UVM_FAILURE_OOM: ("there is no memory for the page", "free some, or raise the budget"),
     lib.UVM_FAILURE_BUG: ("uffd_vm could not decide this fault", "please report this as a bug"),
     lib.UVM_FAILURE_INTERRUPT: ("interrupted", "touch it again to try again"),
@@ -123,6 +126,8 @@ def describe(handle: int, index: int, kind: int, err: int) -> FailureDetails:
     # errno says more only where it is not the text in other words
     if err and kind in (lib.UVM_FAILURE_SOURCE, lib.UVM_FAILURE_BUG):
         what += f": {os.strerror(err)}"
+    elif kind == lib.UVM_FAILURE_PAGER and err == errno.ETIMEDOUT:
+        what = "the process that serves this memory did not answer for too long, and was killed"
     elif kind == lib.UVM_FAILURE_CHANGED and err == errno.ENODATA:
         what += ": it is shorter than it was"
     return FailureDetails(

@@ -8,15 +8,20 @@ Owns the process, its two sockets (control; agent) and the pidfd. Keeps two inva
 returns only once the service has answered for the region, and `detach` only once it has let it go,
 so that no handle of it is stale there; and whoever outlives the process hears of its death (the
 agent, a native thread, fails every fault with PagerDied once the pidfd is readable).
+
+Nobody waits for a process that says nothing, in a fault or for a reply: the agent asks it for a sign of
+life meanwhile, and kills it when it is silent for too long (see native/agent.c). So a reply that never
+comes is end of file here, and PagerDied; the next call starts another process, which takes over.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import logging
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -30,13 +35,21 @@ from uffd_vm.errors import PagerDied
 from uffd_vm.kernel._lib import lib
 from uffd_vm.service.fault_service import protocol
 
-__all__ = ["PageMkwrite", "PythonService", "RegionDescriptor", "python_service"]
+__all__ = [
+    "PageMkwrite",
+    "PythonService",
+    "RegionDescriptor",
+    "python_service",
+    "running_service",
+]
 
 #: Asked before a store into a clean page is let through: (offset, nr_bytes) -> "ok", "wait", "deny".
 PageMkwrite = Callable[[int, int], str]
 
+log = logging.getLogger("uffd_vm")
+
 _EXIT_TIMEOUT_S = 5.0
-_REQUEST_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +77,8 @@ class PythonService:
         self._lock = threading.Lock()
         self._next_id = 0
         self._closed = False
+        self._ended = False  # seen from our end of the socket
+        self._watched = False  # by the agent
         self._regions: dict[int, RegionDescriptor] = {}
         with contextlib.ExitStack() as undo:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -85,6 +100,7 @@ class PythonService:
             finally:
                 os.close(pagemap)
             _check(lib.uvm_agent_start(agent_ours.fileno(), self._pidfd))
+            self._watched = True
             undo.pop_all()
 
     @property
@@ -130,6 +146,12 @@ class PythonService:
 
     # --- life of the process ---------------------------------------------------------------------
 
+    @property
+    def alive(self) -> bool:
+        if self._closed or self._ended or (self._watched and lib.uvm_agent_ended()):
+            return False
+        return self.poll() is None
+
     def poll(self) -> int | None:
         """The exit status if the process has ended (which reaps it), else None."""
         return self._process.poll()
@@ -143,12 +165,42 @@ class PythonService:
         if self._closed:
             return
         self._closed = True
-        lib.uvm_agent_stop()
-        self._socket.close()  # end of file: the service leaves its main loop
+        if self._watched:
+            lib.uvm_agent_stop()
+        with contextlib.suppress(OSError):
+            # End of file for the service, which leaves its main loop, and for a thread of ours in _call.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         _end(self._process)
         self._agent_socket.close()
         os.close(self._pidfd)
-        self._regions.clear()
+
+    def kill(self) -> None:
+        """Ends this process at once: it must not go on where it was when it wakes up late. Its agent
+        fails every fault from there on. Raises PagerDied if it does not end."""
+        self._ended = True
+        self._process.kill()
+        try:
+            self._process.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise PagerDied(
+                f"the Python fault service (pid {self.pid}) was killed and does not end: it hangs in a "
+                "system call, probably of a file system; no other may take over before it has ended"
+            ) from None
+
+    def _take_over(self, dead: PythonService) -> None:
+        """Serves what the dead one did. Where that fails, this one is dead too, and still has all of
+        its regions: somebody fails their faults at any time, and the next one starts from there."""
+        dead._watched = False  # the agent is ours now
+        dead.close()
+        orphans = dead.regions()
+        self._regions.update({region.handle: region for region in orphans})
+        try:
+            for region in orphans:
+                self.attach(region)
+        except BaseException:
+            self.kill()
+            raise
 
     def __enter__(self) -> PythonService:
         return self
@@ -178,22 +230,45 @@ class PythonService:
             self._next_id += 1
             message["id"] = self._next_id
             try:
-                # A load may take what it takes; the death of the process is end of file.
-                patient = message["op"] in protocol.RANGE_OPS
-                self._socket.settimeout(None if patient else _REQUEST_TIMEOUT_S)
-                protocol.send(self._socket, message, fds or {})
-                reply, received = protocol.receive(self._socket)
-                while reply is not None and reply["id"] != message["id"]:
-                    reply, received = protocol.receive(self._socket)  # of a call that timed out
+                reply, received = self._converse(message, fds or {})
+            except TimeoutError:  # only before the agent watches
+                self._ended = True
+                raise PagerDied(
+                    f"the Python fault service (pid {self.pid}) did not start within "
+                    f"{_START_TIMEOUT_S:.0f} s; try again, or use service='native'",
+                    errno=errno.ETIMEDOUT,
+                ) from None
             except (BrokenPipeError, ConnectionResetError):
                 reply, received = None, {}
         for fd in received.values():
             os.close(fd)
         if reply is None:
-            self.poll()
-            raise PagerDied(f"the Python fault service (pid {self.pid}) has ended")
+            self._ended = True
+            silent = lib.uvm_agent_ended() == errno.ETIMEDOUT
+            what = "did not answer for too long, and was killed" if silent else "has ended"
+            raise PagerDied(
+                f"the Python fault service (pid {self.pid}) {what}; nothing is lost: call region.load() "
+                "(or try again what you did), which starts another",
+                errno=errno.ETIMEDOUT if silent else errno.EPIPE,
+            )
         protocol.raise_for(reply)
         return reply
+
+    def _converse(
+        self, message: dict[str, Any], fds: dict[str, int]
+    ) -> tuple[dict[str, Any] | None, dict[str, int]]:
+        # A load may take what it takes; a process that is dead, or silent, is end of file.
+        self._socket.settimeout(None if self._watched else _START_TIMEOUT_S)
+        lib.uvm_agent_await(1)
+        try:
+            protocol.send(self._socket, message, fds)
+            while True:
+                reply, received = protocol.receive(self._socket)
+                if reply is None or reply["id"] == message["id"]:
+                    return reply, received
+                # Else of a call that was interrupted.
+        finally:
+            lib.uvm_agent_await(-1)
 
 
 def _spawn(control: socket.socket, agent: socket.socket) -> subprocess.Popen[bytes]:
@@ -215,11 +290,13 @@ def _spawn(control: socket.socket, agent: socket.socket) -> subprocess.Popen[byt
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and reaps it: it leaves at end of file, else it is killed."""
-    try:
-        process.wait(_EXIT_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for _ in range(2):
+        try:
+            process.wait(_EXIT_TIMEOUT_S)
+            return
+        except subprocess.TimeoutExpired:
+            process.kill()
+    log.error("the Python fault service (pid %d) was killed and does not end", process.pid)
 
 
 @contextlib.contextmanager
@@ -266,15 +343,20 @@ def python_service() -> PythonService:
     """
     global _service
     with _service_lock:
-        if _service is not None and not _service._closed and _service.poll() is None:
-            return _service
-        orphans: tuple[RegionDescriptor, ...] = ()
-        if _service is not None:
-            orphans = _service.regions()
-            _service.close()
+        dead = _service
+        if dead is not None and dead.alive:
+            return dead
+        if dead is not None and not dead._closed:
+            dead.kill()
         _service = PythonService()
-        for region in orphans:
-            _service.attach(region)
+        if dead is not None:
+            _service._take_over(dead)
+        return _service
+
+
+def running_service() -> PythonService | None:
+    """The service of this process as it is, dead or alive; None where there is none."""
+    with _service_lock:
         return _service
 
 

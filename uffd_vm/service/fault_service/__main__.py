@@ -1,4 +1,4 @@
-"""The main loop: one thread polls the userfaultfd, the owner's socket and what the workers completed.
+"""The main loop: one thread polls the userfaultfd, the owner's sockets and what the workers completed.
 
     python -m uffd_vm.service.fault_service CONTROL_FD AGENT_FD
 
@@ -69,15 +69,20 @@ class FaultService:
         mm = self._mm
         assert mm is not None
         uffd, control, workers = self._uffd, self._control.fileno(), mm.workers.fd
+        agent = self._agent.fileno()
         poll = select.poll()
-        for fd in (uffd, control, workers):
+        for fd in (uffd, control, workers, agent):
             poll.register(fd, select.POLLIN)
         while True:
-            for fd, _ in poll.poll(mm.next_timeout_ms()):
+            for fd, happened in poll.poll(mm.next_timeout_ms()):
                 if fd == uffd:
                     self._read_faults(mm)
                 elif fd == workers:
                     mm.workers.reap()
+                elif fd == agent:
+                    self._agent.answer_ask()
+                    if happened & select.POLLHUP:  # stopped by the owner, who is about to say more
+                        poll.unregister(agent)
                 elif not self._serve_request():
                     return
             mm.run_timers()

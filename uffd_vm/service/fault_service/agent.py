@@ -2,6 +2,9 @@
 
 A request is one message and has one reply; the fault-service thread waits for it, so the agent answers
 without the owner's GIL. An agent that is gone means that the owner is going: its memory with it.
+
+The other way round the agent asks for a sign of life now and then, while somebody waits for us. Any
+request is one; where there is none to make, answer_ask() is.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ __all__ = ["Agent"]
 # struct uvm_agent_request, struct uvm_agent_reply; enum uvm_agent_op
 _REQUEST = struct.Struct("<IiqQQiI")
 _REPLY = struct.Struct("<Ii")
-_PROTECT_READ, _FAILED, _INTERRUPTED = 2, 3, 5
+_PROTECT_READ, _FAILED, _INTERRUPTED, _ALIVE = 2, 3, 5, 6
+_ASK = 0  # as seq of a reply
 _TIMEOUT_S = 10.0
 
 
@@ -26,6 +30,20 @@ class Agent:
         self._socket = sock
         self._socket.settimeout(_TIMEOUT_S)
         self._seq = 0
+
+    def fileno(self) -> int:
+        """Readable when the agent asks for a sign of life."""
+        return self._socket.fileno()
+
+    def answer_ask(self) -> None:
+        """Reads what there is, without waiting. Not while a request is under way."""
+        try:
+            message = self._socket.recv(_REPLY.size, socket.MSG_DONTWAIT)
+            # Else the late reply to a request that we gave up, or the end: the owner's socket says so.
+            if len(message) == _REPLY.size and _REPLY.unpack(message)[0] == _ASK:
+                self._socket.send(_REQUEST.pack(_ALIVE, 0, 0, 0, 0, 0, _ASK))
+        except OSError:
+            pass
 
     def failed(self, region: int, index: int, kind: int, err: int) -> int:
         """Records why the page failed, before it does. Returns >= 0 or -errno."""
@@ -44,7 +62,7 @@ class Agent:
         self._call(_INTERRUPTED, 0, 0, 0, 0, 0)
 
     def _call(self, op: int, kind: int, region: int, index: int, nr_pages: int, err: int) -> int:
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
+        self._seq = self._seq % 0xFFFFFFFF + 1
         try:
             self._socket.send(_REQUEST.pack(op, kind, region, index, nr_pages, err, self._seq))
             while True:
@@ -52,7 +70,7 @@ class Agent:
                 if len(reply) < _REPLY.size:
                     return -errno.EPIPE
                 seq, rc = _REPLY.unpack(reply)
-                if seq == self._seq:
+                if seq == self._seq:  # else it asked for a sign of life, and has one
                     return int(rc)
         except OSError as error:
             return -(error.errno or errno.ETIMEDOUT)

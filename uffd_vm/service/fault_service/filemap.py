@@ -36,9 +36,9 @@ WRITEBACK_PAGES = 64
 _READ_RETRIES_S = (0.01, 0.02)
 _TRANSIENT = frozenset((errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS))
 CTL_BYTES = 65536  # UVM_CACHE_CTL_BYTES
-_CTL_WORDS = 10  # struct uvm_cache_ctl
+_CTL_WORDS = 11  # struct uvm_cache_ctl
 _NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK, _NR_ATTACHED = range(8)
-_WB_ERR_SEQ, _WB_ERR = 8, 9
+_WB_ERR_SEQ, _WB_ERR, _NR_WRITING = 8, 9, 10
 
 #: What says that the file is not the version that was mapped: it is shorter; it was changed.
 CHANGED = frozenset((errno.ENODATA, errno.ESTALE))
@@ -211,7 +211,6 @@ class PageCache:
         self.regions: list[Region] = []
         self.reads: dict[int, Read] = {}  # in flight, or complete and not yet taken, by folio
         self._nr_jobs = 0
-        self._nr_writing = 0  # writes of ours that are under way
         self.writing: Event | None = None  # happens when the write-back that is under way has ended
         self._seen_wb_err = self._ctl[_WB_ERR_SEQ]
         self._extents: deque[tuple[int, int]] = deque()  # in the order they were filled
@@ -219,7 +218,10 @@ class PageCache:
 
     def _take_over(self) -> None:
         """What an earlier process left half done: what it was filling is absent, what it was writing
-        back is dirty still."""
+        back is dirty still, and the mtime that its last write made is ours."""
+        if self._ctl[_NR_WRITING]:
+            self._ctl[_MTIME_NS] = os.fstat(self.file_fd).st_mtime_ns
+            self._ctl[_NR_WRITING] = 0
         for index in self._touched():
             state = self.state(index)
             if state == _FILLING:  # unless the process died between commit and word
@@ -302,7 +304,7 @@ class PageCache:
         stat = os.fstat(self.file_fd)
         if stat.st_size < self.size:
             return errno.ENODATA
-        same = stat.st_mtime_ns == self._ctl[_MTIME_NS] or self._nr_writing > 0
+        same = stat.st_mtime_ns == self._ctl[_MTIME_NS] or self._ctl[_NR_WRITING] > 0
         return 0 if same and stat.st_size == self.size else errno.ESTALE
 
     def _note_extent(self, index: int, nr_pages: int) -> None:
@@ -488,10 +490,12 @@ class PageCache:
             nr_bytes = min(nr_pages << PAGE_SHIFT, self.size - offset)
             os.preadv(self.data_fd, [buffer.view[:nr_bytes]], offset)
             job = Job(lambda: _write_all(self.file_fd, buffer.view[:nr_bytes], offset))
-            self._nr_writing += 1
-            yield from self.run_job(job)
-            self._nr_writing -= 1
-            self._ctl[_MTIME_NS] = os.fstat(self.file_fd).st_mtime_ns
+            self._ctl[_NR_WRITING] += 1
+            try:
+                yield from self.run_job(job)
+                self._ctl[_MTIME_NS] = os.fstat(self.file_fd).st_mtime_ns
+            finally:
+                self._ctl[_NR_WRITING] -= 1
             err = -min(job.result, 0)
             for folio in range(index, index + nr_pages):
                 if self.state(folio) == _WRITEBACK:  # else a store made it dirty meanwhile

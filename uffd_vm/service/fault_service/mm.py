@@ -130,7 +130,7 @@ class Mm:
 
     def run_timers(self) -> None:
         """What is due, and the faults whose deadline has passed."""
-        if not self._timers and not self._parked:
+        if not self._timers and not self._parked and not self._watching:
             return
         now = time.monotonic_ns()
         while self._timers and self._timers[0][0] <= now:

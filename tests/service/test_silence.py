@@ -1,0 +1,401 @@
+"""The fault-service process lives and says nothing (SIGSTOP): nobody waits for it longer than the deadline,
+everybody is told by a typed exception, and it never goes on where it was. In a child each: a mistake is a
+hang with the GIL held."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from uffd_vm.kernel.features import Feature
+from uffd_vm.page import PAGE_SIZE
+
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
+
+PRELUDE = """
+import errno, faulthandler, os, signal, subprocess, sys, tempfile, threading, time
+faulthandler.dump_traceback_later(50, exit=True)
+import numpy as np
+import uffd_vm as uv
+from tests.service import service_hooks as hooks
+from uffd_vm.service.python import python_service
+
+PAGE = 4096
+data = os.urandom(PAGE // 2).replace(b"\\xff", b"x") * 2 * 64
+file = tempfile.NamedTemporaryFile()
+file.write(data)
+file.flush()
+
+def raises(cls, fn, *args):
+    try:
+        value = fn(*args)
+    except cls as error:
+        return error
+    raise SystemExit(f"no {cls.__name__}: {value!r:.200}")
+
+class within:
+    '''The block takes at least `least` and at most `most` seconds.'''
+    def __init__(self, most, least=0.0):
+        self.least, self.most = least, most
+    def __enter__(self):
+        self.began = time.monotonic()
+    def __exit__(self, kind, *rest):
+        took = time.monotonic() - self.began
+        assert kind or self.least <= took <= self.most, f"{took:.2f} s"
+
+def stop():
+    pid = python_service().pid
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    return pid
+
+def outside(script):
+    '''Done by a process of its own: whoever waits here may hold the GIL.'''
+    return subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL)
+
+def is_dead(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+"""
+
+
+def run(code: str, *, returncode: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=dict(os.environ),
+        check=False,
+    )
+    assert done.returncode == returncode, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_toucher_is_told_after_the_deadline_and_load_starts_another() -> None:
+    run(
+        """
+        with uv.map(file.name, service="python", deadline=1.5, fault_around_bytes=PAGE) as region:
+            b = region.buffer
+            assert bytes(b[:8]) == data[:8]
+            pid = stop()
+            with within(4, least=1.4):
+                error = raises(uv.PagerDied, lambda: bytes(b[9 * PAGE : 10 * PAGE]))
+            assert error.errno == errno.ETIMEDOUT and error.index == 9, error
+            assert "did not answer" in str(error) and "region.load()" in str(error), error
+            assert is_dead(pid)  # it does not wake up later, and go on where it was
+            with within(1):  # the others at once: by the death of the process
+                error = raises(uv.PagerDied, lambda: bytes(b[20 * PAGE : 21 * PAGE]))
+            assert "region.load()" in str(error), error
+            assert bytes(b[:8]) == data[:8]  # what is there stays there
+            region.load((9 * PAGE, 10 * PAGE))
+            assert python_service().pid != pid
+            assert bytes(b) == data
+            b.release()
+        """
+    )
+
+
+def test_toucher_whose_fault_was_read_already_is_told() -> None:
+    run(
+        """
+        with uv.map(file.name, "r+", service="python", deadline=1,
+                    page_mkwrite=hooks.stop_process) as region:
+            a = region.array("uint8")
+            with within(4, least=0.9):
+                error = raises(uv.PagerDied, lambda: a[: 4 * PAGE].fill(7))
+            assert error.errno == errno.ETIMEDOUT, error
+            del a
+            region.discard()
+        assert open(file.name, "rb").read() == data
+        """
+    )
+
+
+def test_many_touchers_are_all_told_and_no_byte_is_invented() -> None:
+    run(
+        """
+        with uv.map(file.name, service="python", deadline=1, fault_around_bytes=PAGE) as region:
+            a = region.array("uint8")
+            pid = stop()
+            errors = []
+            def touch(i):
+                errors.append(raises(uv.PagerDied, lambda: int(a[i * PAGE : (i + 3) * PAGE].sum())))
+            threads = [threading.Thread(target=touch, args=(5 * i,)) for i in range(6)]
+            with within(6):
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(10)
+            assert len(errors) == 6, errors
+            errors.clear()  # their tracebacks hold views
+            region.load()
+            assert a.tobytes() == data
+            del a
+        """
+    )
+
+
+@pytest.mark.parametrize("call", ["load", "evict", "flush", "prefetch", "protect"])
+def test_requests_end_with_a_typed_error_and_the_next_one_is_answered(call: str) -> None:
+    run(
+        f"""
+        with uv.map(file.name, "r+", service="python", deadline=1, track=True) as region:
+            region.buffer[0] = data[0] ^ 1
+            pid = stop()
+            with within(4, least=0.9):
+                error = raises(uv.PagerDied, region.{call})
+            assert error.errno == errno.ETIMEDOUT and "did not answer" in str(error), error
+            assert "region.load()" in str(error), error
+            assert is_dead(pid)
+            region.{call}()
+            region.load()
+            assert bytes(region.buffer)[1:] == data[1:]
+        assert open(file.name, "rb").read() == bytes([data[0] ^ 1]) + data[1:]
+        """
+    )
+
+
+def test_a_new_region_is_a_typed_error_then_made() -> None:
+    run(
+        """
+        with uv.anonymous(4 * PAGE, service="python", deadline=1) as keeps:
+            keeps.buffer[0] = 5
+            stop()
+            with within(4, least=0.9):
+                raises(uv.PagerDied, lambda: uv.map(file.name, service="python", deadline=1))
+            with uv.map(file.name, service="python", deadline=1) as region:
+                assert bytes(region.buffer) == data
+            assert keeps.buffer[0] == 5 and keeps.buffer[PAGE] == 0  # taken over with it
+        """
+    )
+
+
+@pytest.mark.parametrize("mode", ["r", "c"])
+def test_a_region_with_nothing_to_lose_closes(mode: str) -> None:
+    run(
+        f"""
+        region = uv.map(file.name, {mode!r}, service="python", deadline=1)
+        assert region.buffer[0] == data[0]
+        pid = stop()
+        with within(4):
+            region.close()
+        assert region.closed and is_dead(pid)
+        with uv.map(file.name, service="python") as region:
+            assert bytes(region.buffer) == data
+        """
+    )
+
+
+def test_close_of_a_dirty_region_raises_stays_open_and_loses_nothing() -> None:
+    run(
+        """
+        region = uv.map(file.name, "r+", service="python", deadline=1)
+        region.buffer[5 * PAGE] = data[5 * PAGE] ^ 1
+        stop()
+        with within(4, least=0.9):
+            raises(uv.PagerDied, region.close)
+        assert not region.closed
+        region.close()
+        assert open(file.name, "rb").read()[5 * PAGE] == data[5 * PAGE] ^ 1
+        """
+    )
+
+
+def test_what_is_dirty_at_exit_goes_home_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(8 * PAGE_SIZE))
+    run(
+        f"""
+        region = uv.map({str(path)!r}, "r+", service="python", deadline=1)
+        region.buffer[0] = 77
+        stop()
+        """
+    )
+    assert path.read_bytes()[0] == 77
+
+
+def test_ctrl_c_is_served_within_a_second() -> None:
+    run(
+        """
+        region = uv.map(file.name, service="python", deadline=30)
+        b = region.buffer
+        assert b[0] == data[0]
+        stop()
+        child = outside(f"sleep 1; kill -INT {os.getpid()}")
+        with within(2, least=0.9):
+            raises(KeyboardInterrupt, lambda: bytes(b[30 * PAGE : 31 * PAGE]))
+        child.wait()
+        region.load()
+        assert bytes(b) == data
+        b.release()
+        region.close()
+        """
+    )
+
+
+def test_ctrl_c_is_served_within_a_second_in_a_system_call() -> None:
+    run(
+        """
+        region = uv.map(file.name, service="python", deadline=30)
+        b = region.buffer
+        assert b[0] == data[0]
+        reader, writer = os.pipe()
+        stop()
+        child = outside(f"sleep 1; kill -INT {os.getpid()}")
+        with within(2, least=0.9):
+            try:
+                try:
+                    os.write(writer, b[30 * PAGE : 31 * PAGE])
+                except OSError as error:
+                    assert error.errno == errno.EFAULT  # the call's own end
+                    for _ in range(100):
+                        time.sleep(0.01)  # Python looks after a call
+                raise SystemExit("not interrupted")
+            except KeyboardInterrupt:
+                pass
+        child.wait()
+        region.load()
+        assert bytes(b) == data
+        b.release()
+        region.close()
+        """
+    )
+
+
+def test_ctrl_c_is_served_within_a_second_in_load() -> None:
+    run(
+        """
+        region = uv.map(file.name, service="python", deadline=30)
+        stop()
+        child = outside(f"sleep 1; kill -INT {os.getpid()}")
+        with within(2, least=0.9):
+            raises(KeyboardInterrupt, region.load)
+        child.wait()
+        os.kill(python_service().pid, signal.SIGCONT)
+        region.load()
+        region.close()
+        """
+    )
+
+
+def test_interrupts_are_pythons_own_again_afterwards() -> None:
+    run(
+        """
+        region = uv.map(file.name, service="python", deadline=1)
+        stop()
+        raises(uv.PagerDied, lambda: bytes(region.buffer[:PAGE]))
+        time.sleep(1)
+        child = outside(f"sleep 0.3; kill -INT {os.getpid()}")
+        with within(1):
+            raises(KeyboardInterrupt, time.sleep, 5)
+        child.wait()
+        region.close()
+        """
+    )
+
+
+def test_a_process_stopped_together_with_its_owner_is_not_silent() -> None:
+    run(
+        """
+        with uv.map(file.name, service="python", deadline=1, fault_around_bytes=PAGE) as region:
+            a = region.array("uint8")
+            assert a[0] == data[0]
+            pid, me = python_service().pid, os.getpid()
+            # Ctrl-Z, while a thread waits: the service first, so that its fault is there and unanswered.
+            child = outside(
+                f"kill -STOP {pid}; sleep 0.5; kill -STOP {me}; sleep 3; kill -CONT {me}; kill -CONT {pid}"
+            )
+            time.sleep(0.2)
+            assert int(a[3 * PAGE : 4 * PAGE].sum()) == sum(data[3 * PAGE : 4 * PAGE])
+            child.wait()
+            assert python_service().pid == pid
+            del a
+        """
+    )
+
+
+def test_a_service_that_is_slow_and_answers_is_not_killed() -> None:
+    run(
+        """
+        with uv.anonymous(PAGE, service="python", deadline=1):  # the shortest deadline
+            with uv.map(file.name, "r+", service="python", deadline=30,
+                        page_mkwrite=hooks.WaitFirst(2.5)) as region:
+                pid = python_service().pid
+                with within(6, least=2.4):
+                    region.buffer[0] = data[0] ^ 1
+                assert python_service().pid == pid
+            assert open(file.name, "rb").read()[0] == data[0] ^ 1
+        """
+    )
+
+
+def test_idle_service_may_be_stopped_as_long_as_nobody_waits() -> None:
+    run(
+        """
+        with uv.map(file.name, service="python", deadline=1) as region:
+            pid = stop()
+            time.sleep(2)
+            os.kill(pid, signal.SIGCONT)
+            assert bytes(region.buffer) == data
+            assert python_service().pid == pid
+        """
+    )
+
+
+def test_restart_that_fails_leaves_nobody_waiting() -> None:
+    """Another process cannot be had: faults go on failing, and a later load() gets it."""
+    run(
+        """
+        from uffd_vm.service import python
+        with uv.map(file.name, service="python", deadline=5) as region:
+            b = region.buffer
+            python_service().kill()
+            spawn = python._spawn
+            def no_more(*args):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            python._spawn = no_more
+            raises(OSError, region.load)
+            for _ in range(2):
+                with within(1):
+                    raises(uv.PagerDied, lambda: bytes(b[9 * PAGE : 10 * PAGE]))
+            python._spawn = spawn
+            attach = python.PythonService.attach
+            def fails(self, region):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            python.PythonService.attach = fails
+            raises(OSError, region.load)
+            with within(1):
+                raises(uv.PagerDied, lambda: bytes(b[9 * PAGE : 10 * PAGE]))
+            python.PythonService.attach = attach
+            region.load()
+            assert bytes(b) == data
+            b.release()
+        """
+    )
+
+
+def test_write_back_that_was_killed_half_way_is_done_again() -> None:
+    """Between the write and the note of its mtime: the file is ours all the same, nothing is lost."""
+    run(
+        """
+        from uffd_vm.kernel._lib import lib
+        region = uv.map(file.name, "r+", service="python", deadline=5)
+        region.buffer[0] = data[0] ^ 1
+        python_service().kill()
+        ctl = lib.uvm_cache_ctl(region._ops.cache.id)
+        ctl.nr_writing = 1  # as it was in the process that died
+        time.sleep(0.02)
+        os.pwrite(file.fileno(), b"half", 0)
+        region.flush()
+        assert open(file.name, "rb").read() == bytes([data[0] ^ 1]) + data[1:]
+        region.close()
+        """
+    )
