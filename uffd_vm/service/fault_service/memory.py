@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from uffd_vm.errors import StaleRegionError
 from uffd_vm.fault.action import Action, Commit, Counter, ErrnoClass, Settlement, Truth
-from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultResult
+from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultKind, FaultResult
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.settle import classify_errno
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
@@ -71,6 +71,7 @@ _MAJOR = int(FaultResult.MAJOR)
 _ERROR = int(VM_FAULT_ERROR)
 _DEADLINE = int(FaultFlag.DEADLINE)
 _WRITE = int(Access.WRITE)
+_WP = int(FaultKind.WP)
 _BEYOND_SIZE = int(FaultFlag.BEYOND_SIZE)
 _PTE_MASK = (1 << CACHED_SHIFT) - 1
 _NONE_WP = int(PteState.NONE_WP)
@@ -117,6 +118,7 @@ class VmFault(Generic[P]):
         "address",
         "deadline_ns",
         "err",
+        "first_ns",
         "flags",
         "generation",
         "handle",
@@ -125,6 +127,7 @@ class VmFault(Generic[P]):
         "kind",
         "nr_pages",
         "pte",
+        "refaults",
         "row",
         "settlement",
         "t_ns",
@@ -140,9 +143,10 @@ class VmFault(Generic[P]):
         self.kind = kind
         self.access = access
         self.tid = tid
-        self.t_ns = time.monotonic_ns()
+        self.t_ns = self.first_ns = time.monotonic_ns()
         self.deadline_ns = self.t_ns + region.deadline_ns
         self.tries = 0
+        self.refaults = 0  # of the same thread here before it, none of which brought a page
         self.interrupted = False  # Ctrl-C arrived while it waited
         self.begin()
 
@@ -183,7 +187,7 @@ def handle_pte_fault(mm: Mm, vmf: VmFault[P], vma: VmaLocked[P]) -> VmFaultT:
             flags |= _BEYOND_SIZE
         if vmf.access == _WRITE and not region.writable:
             flags |= _WRITE_DENIED
-        if vmf.tries and time.monotonic_ns() >= vmf.deadline_ns:
+        if (vmf.tries or vmf.refaults) and time.monotonic_ns() >= vmf.deadline_ns:
             flags |= _DEADLINE
         vmf.flags = flags
         vmf.pte = walked.orig_pte & _PTE_MASK
@@ -361,6 +365,11 @@ def folio_wait(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
 
 
 def do_poison(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
+    if vmf.kind == _WP and vmf.flags & _DEADLINE:
+        # The page is there, and poison would be refused: it ends as the commit that it waited for.
+        settlement, result, row = policy.settle(_UNPROTECT, _TIMEDOUT)
+        vmf.settlement, vmf.err = settlement, errno.ETIMEDOUT
+        return _SETTLEMENTS[settlement](mm, vmf, walked, result, row)
     return poison_page(mm, vmf, walked, vmf.row, policy.RESULT[vmf.row])
 
 
@@ -576,11 +585,12 @@ def deny(mm: Mm, vmf: VmFault[P], walked: Walked[P], result: VmFaultT, row: int)
 
 
 def end(mm: Mm, vmf: VmFault[P], walked: Walked[P], row: int, result: VmFaultT) -> VmFaultT:
-    """Counts, traces, wakes; nothing was installed."""
+    """Counts, traces, wakes; nothing was installed, so the thread may fault here again."""
     held(walked)
     region = walked.region
     count(region, row)
     mm_account_fault(region, vmf, result)
+    mm.note_refault(vmf)
     mm.wake(vmf.address, 1)
     return result
 

@@ -3,6 +3,9 @@
 One object per process of ours, one owner's memory. A parked fault is known by who faulted and where,
 so that the copies of its message that a signal makes (thousands a second) cost one look-up; each is
 restarted from the top when its event has happened, or when its deadline has passed.
+
+A fault that brought no page wakes its thread, which faults again, and most often finds the page then.
+Where it never does, each of these faults is young. So they are one chain, with the deadline of the first.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from uffd_vm.fault.action import Counter, Truth
@@ -43,6 +47,8 @@ _ROOM_TRIES = 10_000  # of a millisecond
 _SEQUENTIAL, _RANDOM = 1, 2  # enum uvm_advice
 _INTERRUPT_AFTER_NS = 200_000_000
 _INTERRUPT_LOOK_MS = 100
+_CHAIN_GAP_NS = 1_000_000_000  # a thread that comes back later had the page meanwhile
+_MAX_CHAINS = 4096
 _LOAD_PAGES = 512  # largest run that a load, prefetch or read-ahead brings in one go
 
 
@@ -66,6 +72,17 @@ class Failures(Protocol):
     def not_waiting(self) -> None: ...
 
 
+@dataclass(slots=True)
+class _Chain:
+    """Faults of one thread at one page that brought nothing, one after the other."""
+
+    address: int
+    kind: int
+    first_ns: int
+    last_ns: int
+    count: int
+
+
 class Mm:
     """Not thread-safe: everything here runs in the fault-service thread."""
 
@@ -87,6 +104,7 @@ class Mm:
         self.nr_strays = 0
         self._scan = scan
         self._parked: dict[tuple[int, int], VmFault[Any]] = {}
+        self._chains: dict[int, _Chain] = {}  # by thread: its last fault, if that brought nothing
         self._timers: list[tuple[int, int, Event]] = []
         self._timer_ids = itertools.count()
         self._write_backs: dict[PageCache, Event] = {}
@@ -104,7 +122,36 @@ class Mm:
             return
         if (tid, address) in self._parked:
             return
-        handle_mm_fault(self, VmFault(region, address, kind, access, tid))
+        vmf: VmFault[Any] = VmFault(region, address, kind, access, tid)
+        if self._chains:
+            self._continue_chain(vmf, region)
+        handle_mm_fault(self, vmf)
+
+    def _continue_chain(self, vmf: VmFault[Any], region: Region) -> None:
+        """The deadline of a refault is that of the first of its chain. Also if it ends otherwise, this
+        fault ends the chain, or note_refault() goes on with it."""
+        chain = self._chains.pop(vmf.tid, None)
+        if (
+            chain is None
+            or (chain.address, chain.kind) != (vmf.address, vmf.kind)
+            or vmf.t_ns - chain.last_ns > _CHAIN_GAP_NS
+        ):
+            return
+        vmf.refaults = chain.count
+        vmf.first_ns = chain.first_ns
+        vmf.deadline_ns = chain.first_ns + region.deadline_ns
+        if vmf.t_ns - chain.first_ns > _INTERRUPT_AFTER_NS:
+            self._watching = True
+            if self.agent.interrupted(vmf.tid):
+                vmf.interrupted, vmf.deadline_ns = True, vmf.t_ns
+
+    def note_refault(self, vmf: VmFault[Any]) -> None:
+        """A fault has ended, and brought nothing."""
+        if len(self._chains) >= _MAX_CHAINS:  # of threads that are long gone
+            self._chains.clear()
+        self._chains[vmf.tid] = _Chain(
+            vmf.address, vmf.kind, vmf.first_ns, time.monotonic_ns(), vmf.refaults + 1
+        )
 
     def park(self, vmf: VmFault[Any], event: Event) -> None:
         key = (vmf.tid, vmf.address)
@@ -146,9 +193,13 @@ class Mm:
         for vmf in waiting:
             if self.agent.interrupted(vmf.tid):
                 vmf.interrupted, vmf.deadline_ns = True, now
-        if self._watching and not waiting:
+        in_chain = self._watching and any(
+            now - chain.last_ns < _CHAIN_GAP_NS and now - chain.first_ns > _INTERRUPT_AFTER_NS
+            for chain in self._chains.values()
+        )
+        if self._watching and not waiting and not in_chain:
             self.agent.not_waiting()
-        self._watching = bool(waiting)
+        self._watching = bool(waiting) or in_chain
 
     def next_timeout_ms(self) -> int | None:
         """How long poll() may sleep; None: until something comes."""
