@@ -758,6 +758,21 @@ int uvm_region_unpoison(int64_t handle, uint64_t index, uint64_t nr_pages)
 	return rc;
 }
 
+void uvm_touch(uint64_t start, uint64_t nr_pages, int write)
+{
+	uint32_t tid = (uint32_t)syscall(SYS_gettid);
+
+	for (uint64_t i = 0; i < nr_pages; i++) {
+		_Atomic uint8_t *byte = (void *)(uintptr_t)(start + (i << UVM_PAGE_SHIFT));
+		uint8_t there = atomic_load(byte);
+		/* Whatever other threads store meanwhile stays as it is. */
+		while (write && !atomic_compare_exchange_strong(byte, &there, there))
+			;
+		if (uvm_interrupt_pending(tid))
+			return;
+	}
+}
+
 int uvm_region_prefetch(int64_t handle, uint64_t index, uint64_t nr_pages)
 {
 	struct uvm_region *r = uvm_region_by_handle(handle);

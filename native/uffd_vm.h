@@ -72,6 +72,10 @@ int uvm_pagemap_scan(int pagemap_fd, uint64_t start, uint64_t end, uint64_t flag
 		     uint64_t *walk_end);
 int uvm_madvise(uint64_t start, uint64_t len, int advice);
 int uvm_mprotect(uint64_t start, uint64_t len, int prot);
+/* Touches each page in user mode: reads a byte, or stores the byte that is there. For uffds that send no
+ * fault of a system call (UFFD_FEATURE_SIGBUS, UFFD_USER_MODE_ONLY), MADV_POPULATE_* included. Ends at the
+ * first page whose failure this thread is to be told. */
+void uvm_touch(uint64_t start, uint64_t nr_pages, int write);
 
 /* ---- fault records ---------------------------------------------------------------------------- */
 /* One resolved (or failed) fault, as the kernel's words name it; the ring is written by the executor

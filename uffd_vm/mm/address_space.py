@@ -647,6 +647,8 @@ class AddressSpace:
                 else _nothing,
                 release=functools.partial(self._release, cache, raising, handle),
                 request=request,
+                user_mode_only=serving == "inline"
+                or features.probe().way is features.Way.USER_MODE_ONLY,
             )
             mapping.own(ops, self)
             self._mappings.add(mapping)

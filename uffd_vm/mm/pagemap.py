@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import mmap
 import os
 
 from uffd_vm.errors import UffdError
 from uffd_vm.kernel import features
+from uffd_vm.kernel._lib import ffi, lib
 from uffd_vm.kernel.mapping import PageCategory, scan
 from uffd_vm.page import PAGE_SIZE, nr_pages
 
-__all__ = ["mincore", "msync", "nr_pages_with"]
+__all__ = ["can_populate", "mincore", "msync", "nr_pages_with"]
+
+_MADV_POPULATE_READ = 22
 
 
 def nr_pages_with(
@@ -29,6 +33,14 @@ def nr_pages_with(
         if error.errno in (errno.ENOTTY, errno.ENOSYS):
             return None
         raise
+
+
+@functools.cache
+def can_populate() -> bool:
+    """MADV_POPULATE_READ and _WRITE (Linux 5.14). Without them EINVAL says nothing of the pages."""
+    with mmap.mmap(-1, PAGE_SIZE) as page, ffi.from_buffer(page) as pointer:
+        address = int(ffi.cast("uintptr_t", pointer))
+        return int(lib.uvm_madvise(address, PAGE_SIZE, _MADV_POPULATE_READ)) == 0
 
 
 @functools.cache

@@ -183,7 +183,7 @@ class Region:
             )
         index, nr_pages = self._span(range)
         if nr_pages:
-            self._ops.ensure(index, nr_pages, access)
+            self._ops.ensure(index, nr_pages, access, lambda: self.buffer)
 
     def evict(self, range: RangeArgument = None) -> int:
         """Gives memory back: the number of bytes that were. What was read can be read again; what is

@@ -12,11 +12,12 @@ Pages are counted from the first page of the region. Every method raises RegionC
 from __future__ import annotations
 
 import abc
+import contextlib
 import errno
 import mmap
 import os
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeAlias
 
 from uffd_vm.errors import (
     BudgetExceeded,
@@ -51,6 +52,10 @@ _ENSURE_TRIES = 8
 _PAGER_DIED = "the process that serves this memory died; call region.load(), which starts another"
 
 
+#: Makes what keeps the memory mapped while a `with` on it lasts.
+Hold: TypeAlias = Callable[[], contextlib.AbstractContextManager[object]]
+
+
 def _nothing() -> None:
     pass
 
@@ -81,7 +86,7 @@ class VmOps(Protocol):
     def advise(self, advice: str) -> None: ...
     def prefetch(self, index: int, nr_pages: int) -> None: ...
     def load(self, index: int, nr_pages: int) -> None: ...
-    def ensure(self, index: int, nr_pages: int, access: str) -> None: ...
+    def ensure(self, index: int, nr_pages: int, access: str, hold: Hold = ...) -> None: ...
     def evict(self, index: int, nr_pages: int) -> int: ...
     def flush(self, index: int, nr_pages: int) -> None: ...
     def protect(self, index: int, nr_pages: int) -> int: ...
@@ -168,6 +173,7 @@ class UserfaultOps(_Memory):
         before_end: Callable[[], None],
         release: Callable[[], None],
         request: Callable[[str, int, int, int], int] | None = None,
+        user_mode_only: bool = False,
     ) -> None:
         super().__init__(name, start, nbytes)
         self._before_end = before_end
@@ -178,6 +184,7 @@ class UserfaultOps(_Memory):
         self._tracked = tracked
         self._release = release
         self._request = request  # service="python": the process does it
+        self._user_mode_only = user_mode_only  # faults of system calls are not served
 
     @property
     def handle(self) -> int:
@@ -306,13 +313,39 @@ class UserfaultOps(_Memory):
         if rc < 0:
             self._raise_errno(rc, "load failed", failed[0])
 
-    def ensure(self, index: int, nr_pages: int, access: str) -> None:
-        self.load(index, nr_pages)
-        rc = self._madvise(index, nr_pages, _POPULATE[access])
-        if rc in (-errno.EFAULT, -_EHWPOISON):
-            self.load(index, nr_pages)  # says which page, and why
-        if rc != -errno.EINVAL:  # before Linux 5.14: loaded is what we can do
-            self._check(rc, "MADV_POPULATE")
+    def ensure(
+        self, index: int, nr_pages: int, access: str, hold: Hold = contextlib.nullcontext
+    ) -> None:
+        for _ in range(_ENSURE_TRIES):
+            self.load(index, nr_pages)  # says which page failed, and why
+            with hold():
+                rc = self._madvise(index, nr_pages, _POPULATE[access])
+                if rc == 0 or (rc == -errno.EINVAL and not pagemap.can_populate()):
+                    return  # before Linux 5.14: loaded is what we can do
+                if rc not in (-errno.EFAULT, -_EHWPOISON):
+                    break
+                if self._user_mode_only:  # a missing or protected page is EFAULT to system calls
+                    lib.uvm_touch(self._address(index), nr_pages, access == "write")
+                    return
+            # Taken away again, or failed, since it was loaded.
+        with hold():
+            bad = index + self._nr_populated(index, nr_pages, _POPULATE[access])
+        what = "the page could not be made present and mapped, by the kernel's word"
+        if rc == -errno.EINVAL:
+            what = "nothing may store here any more (page_mkwrite, or an error, denied it)"
+            rc = -errno.EACCES
+        self._raise(SourceError, what, -rc, bad)
+
+    def _nr_populated(self, index: int, nr_pages: int, advice: int) -> int:
+        """How many pages from `index` on can be populated, of which the last of `nr_pages` can not."""
+        good, bad = 0, nr_pages
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if self._madvise(index + good, middle - good, advice) == 0:
+                good = middle
+            else:
+                bad = middle
+        return good
 
     def evict(self, index: int, nr_pages: int) -> int:
         self._check_sticky()
@@ -470,9 +503,12 @@ class KernelOps(_Memory):
     def load(self, index: int, nr_pages: int) -> None:
         self.ensure(index, nr_pages, "read")
 
-    def ensure(self, index: int, nr_pages: int, access: str) -> None:
+    def ensure(
+        self, index: int, nr_pages: int, access: str, hold: Hold = contextlib.nullcontext
+    ) -> None:
         self.check()
-        rc = self._madvise(index, nr_pages, _POPULATE[access])
+        with hold():
+            rc = self._madvise(index, nr_pages, _POPULATE[access])
         if rc == -errno.EFAULT:
             self.check()
         check(rc, "MADV_POPULATE", region=self.name)
