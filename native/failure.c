@@ -1478,6 +1478,18 @@ int uvm_sigbus_in_force(void)
 	return all;
 }
 
+int uvm_sigbus_replaced(uint64_t *handler)
+{
+	for (int i = 0; i < NR_CHAINS; i++) {
+		struct sigaction now;
+		if (in_force(&chains[i]) || sigaction(chains[i].sig, NULL, &now) < 0)
+			continue;
+		*handler = (uint64_t)(uintptr_t)now.sa_handler; /* a union with sa_sigaction */
+		return chains[i].sig;
+	}
+	return 0;
+}
+
 int uvm_sigbus_install(void)
 {
 	int rc = 0;

@@ -208,6 +208,9 @@ struct uvm_failure {
 /* Installs the SIGBUS handler (idempotent). Says whether ours is in force: 1 yes, 0 replaced since. */
 int uvm_sigbus_install(void);
 int uvm_sigbus_in_force(void);
+/* The first signal of ours (SIGBUS, SIGSEGV, SIGTRAP) that somebody else handles now, and where their
+ * handler is (0: SIG_DFL, 1: SIG_IGN); 0: all are in force. */
+int uvm_sigbus_replaced(uint64_t *handler);
 void uvm_sigbus_remove(void);
 /* The exception class (a PyObject *, borrowed: kept alive by the caller) for a kind of failure. */
 void uvm_failure_set_class(int kind, uintptr_t py_class);

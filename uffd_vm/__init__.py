@@ -12,6 +12,7 @@ from uffd_vm.config import config
 from uffd_vm.errors import (
     BudgetExceeded,
     FeatureUnavailable,
+    HandlerReplaced,
     InvalidArgument,
     PagerDied,
     PermissionUnavailable,
@@ -36,6 +37,7 @@ __all__ = [
     "AddressSpace",
     "BudgetExceeded",
     "FeatureUnavailable",
+    "HandlerReplaced",
     "InvalidArgument",
     "Latency",
     "PagerDied",

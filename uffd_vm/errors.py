@@ -26,6 +26,7 @@ __all__ = [
     "RegionBusyError",
     "RegionClosedError",
     "InvalidArgument",
+    "HandlerReplaced",
     "FailureDetails",
 ]
 
@@ -68,6 +69,11 @@ class RegionClosedError(StaleRegionError, ValueError):
 
 class RegionBusyError(UffdVmError, BufferError):
     """The region cannot be closed or moved: arrays or memoryviews of it still live."""
+
+
+class HandlerReplaced(UffdVmError, RuntimeError):
+    """Somebody put a handler of their own over ours for SIGBUS (SIGSEGV, SIGTRAP). With service="inline"
+    that handler is who serves the region."""
 
 
 class InvalidArgument(UffdVmError, ValueError):

@@ -46,6 +46,7 @@ from uffd_vm.mm.vm_ops import KernelOps, UserfaultOps, VmOps
 from uffd_vm.page import PAGE_SIZE, is_page_aligned, round_up
 
 if TYPE_CHECKING:
+    from uffd_vm.service.failure import InlineHandlers
     from uffd_vm.service.python import PageMkwrite, RegionDescriptor
 
 __all__ = ["AddressSpace", "Mode", "OnError", "Service", "address_space", "anonymous", "map"]
@@ -607,11 +608,14 @@ class AddressSpace:
                 nbytes=len(mapping),
             )
             undo.callback(_drop_region, handle)
+            handlers: InlineHandlers | None = None
             if raising:
                 from uffd_vm.service import failure
 
                 failure.register_region(handle, title)
                 undo.callback(failure.unregister_region, handle)
+                if serving == "inline":
+                    handlers = failure.InlineHandlers(title)
             request: Callable[[str, int, int, int], int] | None = None
             if serving == "python":
                 from uffd_vm.service.python import RegionDescriptor
@@ -647,6 +651,7 @@ class AddressSpace:
                 else _nothing,
                 release=functools.partial(self._release, cache, raising, handle),
                 request=request,
+                handlers=handlers,
                 user_mode_only=serving == "inline"
                 or features.probe().way is features.Way.USER_MODE_ONLY,
             )

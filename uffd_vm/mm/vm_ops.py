@@ -17,7 +17,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
-from typing import NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
 
 from uffd_vm.errors import (
     BudgetExceeded,
@@ -36,6 +36,9 @@ from uffd_vm.mm import pagemap
 from uffd_vm.mm.page_cache import FileVersion, PageCache
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.stats import Latency, Stats, TraceRecord, decode_counters, decode_trace
+
+if TYPE_CHECKING:
+    from uffd_vm.service.failure import InlineHandlers
 
 __all__ = ["Advice", "KernelOps", "UserfaultOps", "VmOps"]
 
@@ -173,6 +176,7 @@ class UserfaultOps(_Memory):
         before_end: Callable[[], None],
         release: Callable[[], None],
         request: Callable[[str, int, int, int], int] | None = None,
+        handlers: InlineHandlers | None = None,
         user_mode_only: bool = False,
     ) -> None:
         super().__init__(name, start, nbytes)
@@ -184,6 +188,7 @@ class UserfaultOps(_Memory):
         self._tracked = tracked
         self._release = release
         self._request = request  # service="python": the process does it
+        self._handlers = handlers  # service="inline": who serves it
         self._user_mode_only = user_mode_only  # faults of system calls are not served
 
     @property
@@ -211,7 +216,7 @@ class UserfaultOps(_Memory):
         try:
             # A store that another thread made between the flush and the unmapping; now nobody can.
             if self.flush_late and self._writable and self.cache and self.cache.dirty_bytes:
-                self.flush(0, self.nr_pages)
+                self.flush_all()
         finally:
             self._end()
 
@@ -224,15 +229,22 @@ class UserfaultOps(_Memory):
             self._release()
         check(rc, f"close of region {self.name!r}")
 
-    def check_open(self) -> None:
+    def _check_registered(self) -> None:
         super().check_open()
         self._check(lib.uvm_region_check(self.handle), "check")
+
+    def check_open(self) -> None:
+        self._check_registered()
+        if self._handlers is not None:
+            self._handlers.require()
 
     def _check(self, rc: int, what: str) -> int:
         return check(rc, what, region=self.name)
 
     def check(self) -> None:
-        self.check_open()
+        self._check_registered()
+        if self._handlers is not None:
+            self._handlers.check()
         failure = ffi.new("struct uvm_failure *")
         if self._check(lib.uvm_region_failed(self.handle, failure, 1), "check"):
             self._raise_failure(failure)
@@ -355,6 +367,14 @@ class UserfaultOps(_Memory):
 
     def flush(self, index: int, nr_pages: int) -> None:
         self._check_sticky()
+        self._write_back(index, nr_pages)
+
+    def flush_all(self) -> None:
+        # The last chance: what else is to be told of the region does not keep changes from going home.
+        super().check_open()
+        self._write_back(0, self.nr_pages)
+
+    def _write_back(self, index: int, nr_pages: int) -> None:
         if not (self._shared and self._writable):
             return  # nothing here ever goes home
         if self._request:

@@ -8,12 +8,16 @@ the page is missing again, and the next touch tries again.
 Owns the classes (native code borrows them), the names of regions, and the native helper threads, which
 live from the first region that raises to the last. Threads that Python does not know cannot be told: for
 those `region.check()` raises later.
+
+With service="inline" the handlers are who serves. Anybody may install others over them (faulthandler does,
+database drivers, JITs), so every call on such a region looks whether they still stand.
 """
 
 from __future__ import annotations
 
 import atexit
 import errno
+import faulthandler
 import logging
 import os
 import signal
@@ -25,6 +29,7 @@ from uffd_vm import errors
 from uffd_vm.errors import (
     BudgetExceeded,
     FailureDetails,
+    HandlerReplaced,
     PagerDied,
     SourceChanged,
     SourceError,
@@ -33,7 +38,7 @@ from uffd_vm.errors import (
 from uffd_vm.kernel._lib import check, ffi, lib
 from uffd_vm.page import PAGE_SIZE
 
-__all__ = ["install", "register_region", "shutdown", "unregister_region"]
+__all__ = ["InlineHandlers", "install", "register_region", "shutdown", "unregister_region"]
 
 log = logging.getLogger("uffd_vm")
 
@@ -146,6 +151,82 @@ def _details() -> FailureDetails | None:
     return describe(int(out.region), int(out.index), int(out.kind), int(out.err))
 
 
+# --- our signal handlers ---------------------------------------------------------------------------
+
+
+def replaced_by() -> str | None:
+    """Which signal of ours somebody else handles now, and who; None: all are ours."""
+    handler = ffi.new("uint64_t *")
+    number = lib.uvm_sigbus_replaced(handler)
+    if not number:
+        return None
+    return f"{signal.Signals(number).name} is handled by {_owner(number, handler[0])} now"
+
+
+def _owner(number: int, handler: int) -> str:
+    if handler in (signal.SIG_DFL, signal.SIG_IGN):
+        return f"nobody ({signal.Handlers(handler).name})"
+    function = signal.getsignal(number)
+    if callable(function):
+        return f"{function!r} (by signal.signal())"
+    if faulthandler.is_enabled():
+        return "faulthandler (by faulthandler.enable())"
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            start, end = (int(n, 16) for n in line.split(None, 1)[0].split("-"))
+            if start <= handler < end:
+                return f"{line.split(None, 5)[-1].strip()} (at {handler:#x})"
+    return f"code at {handler:#x}"
+
+
+_nr_replaced = 0  # times that another handler was found over ours, and ours put back
+
+
+def _put_back() -> str | None:
+    """Puts our handlers in front of those found over them; who that was, None: nobody."""
+    global _nr_replaced
+    who = replaced_by()
+    check(lib.uvm_sigbus_install(), "sigaction(SIGBUS)")
+    if who is not None:
+        _nr_replaced += 1
+    return who
+
+
+class InlineHandlers:
+    """Looks for one region of service="inline" whether our handlers, which serve it, are in force."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._seen = _nr_replaced
+
+    def require(self) -> None:
+        """Before any call on the region. Raises HandlerReplaced."""
+        if lib.uvm_sigbus_in_force() != 1:
+            raise self._error(
+                str(replaced_by()),
+                "a touch of a page that is not there goes to that handler. Call region.check(), which puts "
+                "ours in front of it again; better, install the other one before the region is made",
+            )
+
+    def check(self) -> None:
+        """Puts our handlers back. Raises HandlerReplaced, once, also if somebody else has put them back."""
+        with _lock:
+            who = _put_back()
+            before, self._seen = self._seen, _nr_replaced
+        if who is not None:
+            raise self._error(
+                who.removesuffix(" now"), "until now. Ours is in front of it again, and hands on"
+            )
+        if self._seen != before:
+            raise self._error(
+                "SIGBUS was handled by somebody else",
+                "until another region was made. Ours is in front again, and hands on",
+            )
+
+    def _error(self, what: str, then: str) -> HandlerReplaced:
+        return HandlerReplaced(f"region {self._name!r} (service='inline'): {what}; {then}")
+
+
 # --- life ------------------------------------------------------------------------------------------
 
 _lock = threading.Lock()
@@ -161,11 +242,10 @@ def install() -> None:
     """
     global _users, _at_exit
     with _lock:
-        if _users and not lib.uvm_sigbus_in_force():
-            log.info(
-                "another SIGBUS handler was installed over ours; it is chained behind ours now"
-            )
-        check(lib.uvm_sigbus_install(), "sigaction(SIGBUS)")
+        if _users == 0:
+            check(lib.uvm_sigbus_install(), "sigaction(SIGBUS)")
+        elif who := _put_back():
+            log.warning("%s, where ours was: ours is in front of it again, and hands on", who)
         if _users == 0:
             for kind, cls in _CLASSES.items():
                 lib.uvm_failure_set_class(kind, id(cls))
