@@ -23,7 +23,7 @@ def nr_pages_with(
     start: int, end: int, *, need: PageCategory, without: PageCategory = PageCategory(0)
 ) -> int | None:
     """Pages in [start, end) that are of all categories `need` and of none of `without`; None where
-    the kernel cannot tell (no PAGEMAP_SCAN before 6.7)."""
+    the kernel cannot tell (no PAGEMAP_SCAN before 6.7), or not to a process that changed its uid."""
     if not features.probe().pagemap_scan:
         return None
     try:
@@ -33,6 +33,8 @@ def nr_pages_with(
         if error.errno in (errno.ENOTTY, errno.ENOSYS):
             return None
         raise
+    except PermissionError:  # of /proc/self/pagemap: the uid was changed after the probe
+        return None
 
 
 @functools.cache
