@@ -510,20 +510,69 @@ static bool fifo_push(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 	return room;
 }
 
-/* Entries of pages that were evicted out of turn stay until reclaim meets them. When they fill the
- * queue the oldest extent goes: every page in the cache is in the queue, so none is forgotten. */
+/* What of the extent is still in the cache: bit 0 some page, bit 1 a dirty one. */
+enum { KEPT = 1, KEPT_DIRTY = 2 };
+static unsigned extent_kept(struct uvm_cache *c, const struct uvm_extent *e)
+{
+	unsigned kept = 0;
+	for (uint64_t i = e->index; i < e->index + e->nr_pages; i++) {
+		if (i % 1024 == 0 && (i = uvm_cache_next_touched(c, i)) >= e->index + e->nr_pages)
+			break;
+		unsigned state = uvm_folio_state(atomic_load(&c->folios[i]));
+		kept |= state != UVM_FOLIO_ABSENT ? KEPT : 0;
+		kept |= state == UVM_FOLIO_DIRTY ? KEPT_DIRTY : 0;
+	}
+	return kept;
+}
+
+/* Writes the queue anew: what is in the cache, each page once, in the order of the file. Behind a full queue
+ * the last extent takes in all the rest. */
+static void fifo_rebuild(struct uvm_cache *c)
+{
+	struct uvm_cache_shared *s = c->shared;
+	struct uvm_extent *last = NULL;
+	fifo_lock(c);
+	s->fifo_head = s->fifo_tail;
+	for (uint64_t i = 0; i < c->nr_pages; i++) {
+		if (i % 1024 == 0 && (i = uvm_cache_next_touched(c, i)) >= c->nr_pages)
+			break;
+		if (uvm_folio_state(atomic_load(&c->folios[i])) == UVM_FOLIO_ABSENT)
+			continue;
+		bool room = s->fifo_tail - s->fifo_head < s->fifo_size;
+		bool next =
+			last && last->index + last->nr_pages == i && last->nr_pages < UVM_PMD_PAGES;
+		if (next || !room) {
+			last->nr_pages = i + 1 - last->index;
+		} else {
+			last = &c->fifo[s->fifo_tail % s->fifo_size];
+			*last = (struct uvm_extent){i, 1};
+			s->fifo_tail++;
+		}
+	}
+	pthread_mutex_unlock(&s->fifo_lock);
+}
+
+enum { MAKE_ROOM_TRIES = 64 };
+
+/* Every page in the cache is in the queue, so none is forgotten. Entries of pages that were evicted out of
+ * turn stay until reclaim meets them; when they fill the queue the oldest extents go. Those that cannot
+ * (dirty pages, and a page may have many old entries) are put back, and then the queue is written anew:
+ * the pages of this extent are in the cache, so they are in it. */
 void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 {
 	struct uvm_extent e;
-	while (!fifo_push(c, index, nr_pages)) {
+	for (int tries = 0; !fifo_push(c, index, nr_pages); tries++) {
+		if (tries == MAKE_ROOM_TRIES) {
+			fifo_rebuild(c);
+			return;
+		}
 		if (!fifo_pop(c, &e))
 			continue;
-		uint64_t kept = 0;
 		uvm_cache_evict(c, e.index, e.nr_pages);
-		for (uint64_t i = e.index; i < e.index + e.nr_pages; i++)
-			kept += uvm_folio_state(atomic_load(&c->folios[i])) != UVM_FOLIO_ABSENT;
-		if (kept && kept < nr_pages + e.nr_pages && !fifo_push(c, e.index, e.nr_pages))
-			continue;
+		if (extent_kept(c, &e) && !fifo_push(c, e.index, e.nr_pages)) {
+			fifo_rebuild(c);
+			return;
+		}
 	}
 }
 
@@ -569,25 +618,15 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 	pthread_mutex_unlock(&c->shared->fifo_lock);
 	while (got < nr_pages && left-- > 0 && fifo_pop(c, &e)) {
 		int64_t n = uvm_cache_evict(c, e.index, e.nr_pages);
-		bool kept = false, dirty = false;
-		for (uint64_t i = e.index; i < e.index + e.nr_pages; i++) {
-			unsigned state = uvm_folio_state(atomic_load(&c->folios[i]));
-			dirty |= state == UVM_FOLIO_DIRTY;
-			kept |= state != UVM_FOLIO_ABSENT;
-		}
-		if (dirty && may_write_back) {
+		unsigned kept = extent_kept(c, &e);
+		if (kept & KEPT_DIRTY && may_write_back) {
 			(void)uvm_cache_write_back(c, e.index, e.nr_pages, false);
 			int64_t more = uvm_cache_evict(c, e.index, e.nr_pages);
-			kept = false;
-			for (uint64_t i = e.index; i < e.index + e.nr_pages; i++)
-				kept |= uvm_folio_state(atomic_load(&c->folios[i])) !=
-					UVM_FOLIO_ABSENT;
+			kept = extent_kept(c, &e);
 			n = (n > 0 ? n : 0) + (more > 0 ? more : 0);
 		}
-		if (kept)
-			(void)fifo_push(c, e.index,
-					e.nr_pages); /* we popped one: there is room, or reclaim of
-								  * another thread holds its place */
+		if (kept) /* another thread may have taken the place of what we popped */
+			uvm_cache_note_extent(c, e.index, e.nr_pages);
 		got += n > 0 ? (uint64_t)n : 0;
 	}
 	return got;

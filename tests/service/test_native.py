@@ -281,6 +281,28 @@ def test_a_pass_over_a_file_of_four_caps_stays_under_the_cap(make_file, mode: st
     assert after == want
 
 
+def in_child_many_entries_of_one_page() -> None:
+    """Each fill leaves an entry in the queue that reclaim takes pages from; when all name one page, and
+    that is dirty, none of them can make room."""
+    with data_file(8) as path:
+        with uv.map(path, "r+", service="native", fault_around_bytes=PAGE_SIZE) as region:
+            buffer = region.buffer
+            for _ in range(500):
+                assert buffer[0] is not None
+                region.evict()
+            buffer[0] ^= 1
+            for page in range(1, 8):
+                assert buffer[page * PAGE_SIZE] == path.read_bytes()[page * PAGE_SIZE]
+            buffer.release()
+            region.flush()
+            assert region.evict() == 8 * PAGE_SIZE
+            check_all(region)
+
+
+def test_a_queue_full_of_entries_of_one_dirty_page_is_written_anew() -> None:
+    run_in_child(in_child_many_entries_of_one_page, timeout=15)
+
+
 def in_child_map_a_sparse_tebibyte(mode: str) -> int:
     def rss() -> int:
         status = Path("/proc/self/status").read_text()
