@@ -348,7 +348,6 @@ static void fail_for_the_dead(void)
 static void *agent_main(void *arg)
 {
 	(void)arg;
-	pthread_setname_np(pthread_self(), "uvm-agent");
 	if (serve_the_living())
 		fail_for_the_dead();
 	watch(false);
@@ -389,19 +388,14 @@ static int fds_open(struct agent_fds *fds, int socket_fd, int pidfd)
 
 static int thread_start(void)
 {
-	sigset_t all, before;
-
 	atomic_store(&ended, 0);
 	agent.looked_ns = sys_now_ns();
 	agent.silent_ns = agent.killed_ns = 0;
 	agent.asked = agent.watching = false;
 	agent.quiet = NR_QUIET;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	int rc = pthread_create(&agent.thread, NULL, agent_main, NULL);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	int rc = uvm_thread_create(&agent.thread, "uvm-agent", agent_main, NULL);
 	agent.running = rc == 0;
-	return -rc;
+	return rc;
 }
 
 static void agent_stop(void)

@@ -17,36 +17,54 @@ static int nr_slots; /* high-water mark; under space.mutex */
 enum { WRITE_BACK_PAGES = 64, CHARGE_TRIES = 1000 };
 
 /* ---- who is alive ------------------------------------------------------------------------------------ */
-/* Start time of a process that runs (not a zombie), 0 if there is none. */
-static uint64_t process_start_time(int pid)
+/* What we take a process for that shares a cache decides who owns its pages, so "dead" must be known. Facts:
+ * a zombie whose other threads run (its main thread returned) lives: it writes its memory;
+ * /proc may tell nothing (no descriptor left, hidepid): then whoever kill() finds lives. */
+enum { UNKNOWN_START = 0 };
+
+/* Reads /proc/PID/stat: 1 it lives, 0 it is dead, -1 not to be known. */
+static int process_stat(int pid, uint64_t *start_time)
 {
 	char path[32], buf[1024];
 	snprintf(path, sizeof path, "/proc/%d/stat", pid);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
-		return 0;
+		return -1;
 	ssize_t n = read(fd, buf, sizeof buf - 1);
 	close(fd);
 	if (n <= 0)
-		return 0;
+		return n < 0 && errno == ESRCH ? 0 : -1;
 	buf[n] = 0;
 	char *p = strrchr(buf, ')'); /* the name may hold anything */
 	unsigned long long start = 0;
-	char state = 'Z';
+	long nr_threads = 0;
+	char state = 'X';
 	if (!p || sscanf(p + 1,
-			 " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
+			 " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %ld "
 			 "%*d %llu",
-			 &state, &start) != 2)
-		return 0;
-	return state == 'Z' || state == 'X' ? 0 : start;
+			 &state, &nr_threads, &start) != 3)
+		return -1;
+	*start_time = start;
+	return (state != 'Z' && state != 'X') || nr_threads > 1;
+}
+
+static bool process_lives(int pid, uint64_t start_time)
+{
+	uint64_t found = UNKNOWN_START;
+	if (kill(pid, 0) < 0 && errno == ESRCH)
+		return false;
+	int lives = process_stat(pid, &found);
+	if (lives <= 0)
+		return lives < 0;
+	return start_time == UNKNOWN_START || found == start_time;
 }
 
 static bool slot_alive(struct uvm_cache_slot *s)
 {
 	int pid = atomic_load(&s->pid);
 	if (pid < 0) /* being attached: its start time does not stand here yet */
-		return process_start_time(-pid) != 0;
-	return pid && process_start_time(pid) == atomic_load(&s->start_time);
+		return process_lives(-pid, UNKNOWN_START);
+	return pid && process_lives(pid, atomic_load(&s->start_time));
 }
 
 /* Takes a slot for this process: a free one or a dead one's; the epoch tells its folios from ours. */
@@ -61,11 +79,13 @@ static int slot_attach(struct uvm_cache *c)
 				continue;
 			if (!atomic_compare_exchange_strong(&s->pid, &pid, -me))
 				continue;
-			if (pass == 0)
+			if (!pid)
 				__atomic_fetch_add(&c->shared->ctl.nr_attached, 1,
 						   __ATOMIC_ACQ_REL);
 			uint32_t epoch = atomic_fetch_add(&s->epoch, 1) + 1;
-			atomic_store(&s->start_time, process_start_time(me));
+			uint64_t start_time = UNKNOWN_START;
+			(void)process_stat(me, &start_time);
+			atomic_store(&s->start_time, start_time);
 			atomic_store(&s->pid, me); /* last: now the slot can be judged */
 			c->owner = i | (epoch & 0xffff) << 8;
 			return 0;

@@ -762,7 +762,6 @@ static void *raiser_main(void *arg)
 {
 	struct helper *h = arg;
 
-	pthread_setname_np(pthread_self(), "uvm-raiser");
 	while (!atomic_load(&h->stop)) {
 		uint32_t seen = atomic_load(&h->kick);
 		bool look;
@@ -1575,7 +1574,6 @@ static void *janitor_main(void *arg)
 {
 	struct helper *h = arg;
 
-	pthread_setname_np(pthread_self(), "uvm-janitor");
 	while (!atomic_load(&h->stop)) {
 		uint32_t seen = atomic_load(&h->kick);
 		uint64_t ns = janitor_round(false);
@@ -1586,19 +1584,15 @@ static void *janitor_main(void *arg)
 	return NULL;
 }
 
-static int helper_start(struct helper *h, void *(*fn)(void *)) /* helpers_mutex held */
+static int helper_start(struct helper *h, const char *name,
+			void *(*fn)(void *)) /* helpers_mutex held */
 {
-	sigset_t all, before;
-
 	if (h->running)
 		return 0;
 	atomic_store(&h->stop, 0);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	int rc = pthread_create(&h->thread, NULL, fn, h);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	int rc = uvm_thread_create(&h->thread, name, fn, h);
 	h->running = rc == 0;
-	return -rc;
+	return rc;
 }
 
 static void helper_stop(struct helper *h) /* helpers_mutex held */
@@ -1617,17 +1611,17 @@ static void janitor_ensure(void)
 	if (__atomic_load_n(&janitor.running, __ATOMIC_RELAXED))
 		return;
 	pthread_mutex_lock(&helpers_mutex);
-	helper_start(&janitor, janitor_main);
+	helper_start(&janitor, "uvm-janitor", janitor_main);
 	pthread_mutex_unlock(&helpers_mutex);
 }
 
 int uvm_janitor_start(void)
 {
 	pthread_mutex_lock(&helpers_mutex);
-	int rc = helper_start(&janitor, janitor_main);
+	int rc = helper_start(&janitor, "uvm-janitor", janitor_main);
 #ifndef UVM_NO_PYTHON
 	if (rc == 0)
-		rc = helper_start(&raiser, raiser_main);
+		rc = helper_start(&raiser, "uvm-raiser", raiser_main);
 	atomic_store(&raiser_up, rc == 0);
 #endif
 	pthread_mutex_unlock(&helpers_mutex);

@@ -105,6 +105,7 @@ static void in_child(void)
 {
 	int rc;
 	uvm_for_each_region_locked(child_map, NULL);
+	uvm_threads_child();
 	uvm_failure_child();
 	if (uvm_space.pagemap_fd >= 0)
 		close(uvm_space.pagemap_fd);

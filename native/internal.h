@@ -224,6 +224,13 @@ int uvm_service_child_threads(void);
 /* Moves a user from one service to another: a python-served region continues natively in a child. */
 int uvm_service_child_move(int from, int to);
 
+/* ---- our threads (thread.c) ------------------------------------------------------------------------ */
+/* With all signals blocked; name: 15 characters, constant. 0 or -errno. */
+int uvm_thread_create(pthread_t *ret, const char *name, void *(*fn)(void *arg), void *arg);
+/* If the caller leads this process: its end must not leave the process to our threads alone. */
+void uvm_thread_mark_leader(void);
+void uvm_threads_child(void);
+
 /* ---- one fault ----------------------------------------------------------------------------------- */
 struct uvm_fault {
 	uint64_t address;

@@ -17,7 +17,6 @@
 
 #include <poll.h>
 #include <sys/eventfd.h>
-#include <sys/prctl.h>
 
 enum { TICK_MS = 10, BATCH = 64, AFFINITY_EVERY = 32, NR_INLINE = 16 };
 static const uint64_t interrupt_after_ns = 200000000;
@@ -156,9 +155,18 @@ static pthread_cond_t queue_cond = PTHREAD_COND_INITIALIZER;
 static struct job queue[2][UVM_MAX_JOBS]; /* [0] demand, [1] read-ahead: rings */
 static uint64_t queue_head[2], queue_tail[2];
 static pthread_t workers[UVM_MAX_WORKERS];
+static struct uvm_executor worker_executors[UVM_MAX_WORKERS];
 static int nr_workers;
 static bool workers_stop;
 static _Atomic int nr_jobs; /* queued or under way */
+
+/* Before the thread starts: one that has nowhere to read into would serve nobody, and say so to nobody. */
+static int executor_get(struct uvm_executor *x, bool may_block, int service)
+{
+	if (!x->buf)
+		uvm_executor_init(x, may_block, service);
+	return x->buf ? 0 : -ENOMEM;
+}
 
 static int queue_push(const struct job *job)
 {
@@ -237,37 +245,25 @@ static void run_job(struct uvm_executor *x, const struct job *job)
 		uvm_poke_fault_thread();
 }
 
-static void thread_begin(const char *name)
-{
-	sigset_t all;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, NULL);
-	prctl(PR_SET_NAME, name);
-}
-
 static void *worker_main(void *arg)
 {
-	struct uvm_executor x;
-	(void)arg;
-	thread_begin("uvm-io");
-	uvm_executor_init(&x, true, UVM_SERVICE_NATIVE);
+	struct uvm_executor *x = arg;
 	pthread_mutex_lock(&queue_lock);
 	while (!workers_stop) {
 		int which = queue_head[0] != queue_tail[0]   ? 0
 			    : queue_head[1] != queue_tail[1] ? 1
 							     : -1;
-		if (which < 0 || !x.buf) {
+		if (which < 0) {
 			pthread_cond_wait(&queue_cond, &queue_lock);
 			continue;
 		}
 		struct job job = queue[which][queue_head[which]++ % UVM_MAX_JOBS];
 		pthread_mutex_unlock(&queue_lock);
-		run_job(&x, &job);
+		run_job(x, &job);
 		atomic_fetch_sub(&nr_jobs, 1);
 		pthread_mutex_lock(&queue_lock);
 	}
 	pthread_mutex_unlock(&queue_lock);
-	uvm_executor_deinit(&x);
 	return NULL;
 }
 
@@ -277,9 +273,13 @@ static int workers_start(void)
 	workers_stop = false;
 	while (nr_workers < want) {
 		pthread_t t;
-		int rc = pthread_create(&t, NULL, worker_main, NULL);
-		if (rc)
-			return nr_workers ? 0 : -rc;
+		struct uvm_executor *x = &worker_executors[nr_workers];
+		int rc = executor_get(x, true, UVM_SERVICE_NATIVE);
+		if (rc < 0)
+			return rc;
+		rc = uvm_thread_create(&t, "uvm-io", worker_main, x);
+		if (rc < 0)
+			return nr_workers ? 0 : rc;
 		pthread_mutex_lock(&queue_lock);
 		workers[nr_workers++] = t;
 		pthread_mutex_unlock(&queue_lock);
@@ -300,9 +300,13 @@ static void workers_end(void)
 	pthread_mutex_unlock(&queue_lock);
 	for (int i = 0; i < n; i++)
 		pthread_join(workers[i], NULL);
+	for (int i = 0; i < UVM_MAX_WORKERS; i++)
+		uvm_executor_deinit(&worker_executors[i]);
 }
 
 /* ---- the fault thread ------------------------------------------------------------------------------------ */
+static struct uvm_executor fault_executor;
+
 struct follower {
 	cpu_set_t home; /* the mask we started with */
 	int pinned;     /* CPU we follow a toucher to, -1 */
@@ -382,21 +386,16 @@ static void wait_for_work(int uffd, bool tick)
 
 static void *fault_main(void *arg)
 {
-	struct uvm_executor x;
+	struct uvm_executor *x = arg;
 	struct follower fo = {.pinned = -1, .seen = -1};
 	int uffd = services[UVM_SERVICE_NATIVE].uffd;
-	(void)arg;
 
-	thread_begin("uvm-fault");
 	sched_getaffinity(0, sizeof fo.home, &fo.home);
 	uint64_t spin_ns = CPU_COUNT(&fo.home) > 1 ? uvm_space.config.spin_ns : 0;
-	uvm_executor_init(&x, false, UVM_SERVICE_NATIVE);
-	if (!x.buf)
-		return NULL;
-	memset(x.buf, 0, 256 * UVM_PAGE); /* resident before the first fault */
+	memset(x->buf, 0, 256 * UVM_PAGE); /* resident before the first fault */
 	uint64_t spin_until = 0, next_tick = 0;
 	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
-		if (serve(&x, uffd, &fo) > 0) {
+		if (serve(x, uffd, &fo) > 0) {
 			/* On the toucher's own CPU spinning would only keep it from running, and next to
 			 * busy workers it would keep one of them from it. */
 			bool spin = spin_ns && fo.pinned < 0 && !atomic_load(&nr_jobs);
@@ -405,7 +404,7 @@ static void *fault_main(void *arg)
 			spin_until = 0;
 			wait_for_work(uffd, atomic_load(&nr_parked) > 0);
 			if (atomic_load(&nr_parked))
-				run_parked(&x);
+				run_parked(x);
 			else
 				watch_interrupts(false);
 			next_tick = 0;
@@ -414,12 +413,11 @@ static void *fault_main(void *arg)
 		if (atomic_load_explicit(&nr_parked, memory_order_relaxed)) {
 			uint64_t now = sys_now_ns();
 			if (now > next_tick) {
-				run_parked(&x);
+				run_parked(x);
 				next_tick = now + TICK_MS * 1000000;
 			}
 		}
 	}
-	uvm_executor_deinit(&x);
 	return NULL;
 }
 
@@ -433,7 +431,6 @@ static void *inline_events_main(void *arg)
 	struct uffd_msg m;
 	int uffd = services[UVM_SERVICE_INLINE].uffd;
 	(void)arg;
-	thread_begin("uvm-events");
 	while (!atomic_load(&stopping[UVM_SERVICE_INLINE])) {
 		struct pollfd fds[1] = {{.fd = uffd, .events = POLLIN}};
 		ppoll(fds, 1, &(struct timespec){0, 200000000}, NULL);
@@ -549,19 +546,31 @@ static int threads_start(int service)
 		return -errno;
 	atomic_store(&stopping[service], 0);
 	rc = workers_start();
-	if (service == UVM_SERVICE_INLINE)
-		for (int i = 0; i < NR_INLINE; i++) {
-			uvm_executor_init(&inline_executors[i], true, UVM_SERVICE_INLINE);
-			if (!inline_executors[i].buf)
-				rc = -ENOMEM;
+	if (service == UVM_SERVICE_INLINE) {
+		for (int i = 0; rc == 0 && i < NR_INLINE; i++) {
+			rc = executor_get(&inline_executors[i], true, service);
 			atomic_store(&inline_busy[i], 0);
 		}
-	if (rc == 0)
-		rc = -pthread_create(
-			&s->thread, NULL,
-			service == UVM_SERVICE_INLINE ? inline_events_main : fault_main, NULL);
+		if (rc == 0)
+			rc = uvm_thread_create(&s->thread, "uvm-events", inline_events_main, NULL);
+	} else {
+		if (rc == 0)
+			rc = executor_get(&fault_executor, false, service);
+		if (rc == 0)
+			rc = uvm_thread_create(&s->thread, "uvm-fault", fault_main,
+					       &fault_executor);
+	}
 	s->has_thread = rc == 0;
 	return rc;
+}
+
+static void executors_put(int service)
+{
+	if (service == UVM_SERVICE_NATIVE)
+		uvm_executor_deinit(&fault_executor);
+	else if (service == UVM_SERVICE_INLINE)
+		for (int i = 0; i < NR_INLINE; i++)
+			uvm_executor_deinit(&inline_executors[i]);
 }
 
 static void threads_stop(int service)
@@ -573,9 +582,7 @@ static void threads_stop(int service)
 		pthread_join(s->thread, NULL);
 		s->has_thread = false;
 	}
-	if (service == UVM_SERVICE_INLINE)
-		for (int i = 0; i < NR_INLINE; i++)
-			uvm_executor_deinit(&inline_executors[i]);
+	executors_put(service);
 	if (!services[UVM_SERVICE_NATIVE].has_thread && !services[UVM_SERVICE_INLINE].has_thread) {
 		workers_end();
 		pthread_mutex_lock(&parked_lock);
@@ -680,12 +687,12 @@ int uvm_service_child_move(int from, int to)
 int uvm_service_child_threads(void)
 {
 	int first = 0;
+	for (int i = 0; i < UVM_MAX_WORKERS; i++)
+		uvm_executor_deinit(&worker_executors[i]);
 	for (int i = 0; i < 3; i++) {
+		executors_put(i); /* copies of the parent's */
 		if (services[i].uffd < 0 || i == UVM_SERVICE_PYTHON)
 			continue;
-		if (i == UVM_SERVICE_INLINE)
-			for (int k = 0; k < NR_INLINE; k++)
-				uvm_executor_deinit(&inline_executors[k]);
 		int rc = threads_start(i);
 		if (rc < 0 && first == 0)
 			first = rc;

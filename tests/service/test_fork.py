@@ -10,6 +10,7 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -437,6 +438,125 @@ def in_child_dead_filler() -> None:
 
 def test_a_child_takes_over_from_a_filler_that_was_killed() -> None:
     run_in_child(in_child_dead_filler)
+
+
+# --- the end of a child -----------------------------------------------------------------------------
+
+
+def in_child_forking_thread_ends(kind: str, how: str) -> bytes:
+    """os.fork() in a thread: that thread is all there is of the program in the child, and our threads
+    must not outlive it. Without them the C library would call exit(0), which flushes stdio."""
+    libc = ctypes.CDLL(None)
+    libc.fdopen.restype = ctypes.c_void_p
+    with mapped(kind) as (region, _path):
+        reader, writer = os.pipe()
+
+        def late() -> None:
+            time.sleep(0.3)
+            os.write(writer, content_is_right(region, kind))
+
+        def in_forking_thread() -> int:
+            if pid := os.fork():
+                return pid
+            libc.fputs(b" flushed", ctypes.c_void_p(libc.fdopen(writer, b"w")))
+            if how == "another goes on":
+                threading.Thread(target=late).start()
+            else:
+                os.write(writer, content_is_right(region, kind))
+            if how == "raises":
+                raise SystemExit(3)
+            return 0
+
+        pid = in_thread(in_forking_thread)()
+        os.close(writer)
+        answer = b""
+        while chunk := os.read(reader, 100):
+            answer += chunk
+        os.close(reader)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert content_is_right(region, kind) == b"right"
+        return answer
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "another goes on"])
+@pytest.mark.parametrize("kind", ["anonymous", "r+"])
+def test_a_child_ends_when_the_thread_that_forked_it_and_all_others_have(
+    kind: str, how: str
+) -> None:
+    assert run_in_child(in_child_forking_thread_ends, kind, how, timeout=15).value == (
+        b"right flushed"
+    )
+
+
+def _ask(to: int, from_: int, word: bytes) -> None:
+    os.write(to, word)
+    assert os.read(from_, 1) == word
+
+
+def in_child_zombie_leader_writes() -> None:
+    """A child whose first thread has ended is a zombie to ps, and its other threads write on: what it may
+    write to must not be taken for clean."""
+    with mapped("r+", fault_around_bytes=PAGE_SIZE) as (region, path):
+        (in_, to), (from_, out) = os.pipe(), os.pipe()
+
+        def obey() -> None:
+            address = region.address + 5 * PAGE_SIZE
+            while word := os.read(in_, 1):
+                ctypes.memmove(address, word, 1)
+                os.write(out, word)
+
+        def in_forking_thread() -> int:
+            if pid := os.fork():
+                return pid
+            os.close(to)
+            threading.Thread(target=obey).start()
+            return 0
+
+        pid = in_thread(in_forking_thread)()
+        state = Path(f"/proc/{pid}/stat")
+        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "Z")
+        _ask(to, from_, b"1")
+        region.flush()
+        assert path.read_bytes()[5 * PAGE_SIZE] == ord("1")
+        assert region.residency().dirty_bytes, "nobody can take the right to write from the child"
+        _ask(to, from_, b"2")
+        region.flush()
+        assert path.read_bytes()[5 * PAGE_SIZE] == ord("2")
+        os.close(to)
+        assert os.waitpid(pid, 0)[1] == 0
+        region.flush()
+        assert region.residency().dirty_bytes == 0
+
+
+def test_a_child_whose_first_thread_has_ended_is_no_dead_process() -> None:
+    run_in_child(in_child_zombie_leader_writes, timeout=15)
+
+
+def in_child_no_descriptor_left() -> None:
+    """/proc cannot be opened then: that says nothing about who lives."""
+    with mapped("r+", fault_around_bytes=PAGE_SIZE) as (region, path):
+        (in_, to), (from_, out) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(to)
+            while word := os.read(in_, 1):
+                ctypes.memmove(region.address + 5 * PAGE_SIZE, word, 1)
+                os.write(out, word)
+            os._exit(0)
+        _ask(to, from_, b"1")
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        region.flush()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        _ask(to, from_, b"2")
+        region.flush()
+        assert path.read_bytes()[5 * PAGE_SIZE] == ord("2")
+        os.close(to)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_child_is_not_taken_for_dead_when_descriptors_run_out() -> None:
+    run_in_child(in_child_no_descriptor_left, timeout=15)
 
 
 # --- what is left -----------------------------------------------------------------------------------
