@@ -422,13 +422,14 @@ static int cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages)
 	return rc;
 }
 
-/* The region's own pages, empty, at `address` (0: anywhere). */
+/* The region's own pages, empty, at `address` (0: anywhere). Mapped as mm/mapping.py maps a region: where a
+ * flag differs the kernel does not join them with their neighbours, and each failure would split it for good. */
 static int pages_map(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint64_t address,
 		     uint64_t *ret)
 {
 	uint64_t len = nr_pages << UVM_PAGE_SHIFT;
-	int flags = (is_shared(r) ? MAP_SHARED : MAP_PRIVATE) | (r->cache ? 0 : MAP_ANONYMOUS) |
-		    (address ? MAP_FIXED : 0);
+	int flags = (is_shared(r) ? MAP_SHARED : MAP_PRIVATE | MAP_NORESERVE) |
+		    (r->cache ? 0 : MAP_ANONYMOUS) | (address ? MAP_FIXED : 0);
 	int rc = sys_mmap(address, len, r->prot, flags, r->cache ? r->cache->data_fd : -1,
 			  r->cache ? (int64_t)((r->pgoff + index) << UVM_PAGE_SHIFT) : 0, ret);
 	if (rc < 0)

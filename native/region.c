@@ -611,9 +611,9 @@ void uvm_region_child_map(struct uvm_region *r)
 	}
 	/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
 	if (r->backing == UVM_BACKING_SHARED_FILE)
-		r->child_rc = sys_mmap(
-			r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
-			r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
+		r->child_rc =
+			sys_mmap(r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED_NOREPLACE,
+				 r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
 	else
 		r->child_rc = 0;
 }
@@ -638,15 +638,16 @@ int uvm_region_child(struct uvm_region *r)
 	}
 	if (shared) {
 		MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
-		rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
-		if (rc < 0)
-			return rc;
 		for (uint64_t i = uvm_next_touched(r, 0); i < r->nr_pages;
 		     i = uvm_next_touched(r, i + 1))
 			uvm_set_pte(r, i, UVM_PTE_NONE);
 	}
-	rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len, r->register_mode,
-			       NULL);
+	/* Private memory was let through for this one fork (fork.c); a child of the child by _Fork() must not
+	 * find it. */
+	rc = sys_madvise(r->start, r->len, MADV_DONTFORK);
+	if (rc == 0)
+		rc = sys_uffd_register(uvm_service_uffd(r->service), r->start, r->len,
+				       r->register_mode, NULL);
 	if (rc == 0 && !shared)
 		rc = rearm(r);
 	return rc;

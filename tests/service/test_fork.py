@@ -286,6 +286,27 @@ def test_a_fork_without_handlers_has_no_regions(kind: str, how: str) -> None:
     assert run_in_child(in_child_raw_fork, kind, how).value == -signal.SIGSEGV
 
 
+def in_child_raw_fork_of_a_child(kind: str) -> int:
+    with mapped(kind) as (region, _path):
+
+        def child() -> bytes:
+            buffer = region.buffer
+            pid = ctypes.PyDLL(None).syscall(57)
+            if pid == 0:
+                os._exit(buffer[len(DATA) - 5])
+            return repr(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode()
+
+        status, answer = fork_and_ask(child)
+        assert status == 0
+        return int(answer)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="no fork system call; x86_64 has it")
+@pytest.mark.parametrize("kind", SOME)
+def test_nor_has_one_of_a_child_that_was_forked_before(kind: str) -> None:
+    assert run_in_child(in_child_raw_fork_of_a_child, kind).value == -signal.SIGSEGV
+
+
 # --- forks while things happen ----------------------------------------------------------------------
 
 
