@@ -19,9 +19,9 @@ from uffd_vm.testing.inject import inject
 @pytest.mark.parametrize(
     "kwargs, match",
     [
-        ({"offset": -1}, "offset"),
+        ({"offset": -1}, "negative"),
         ({"offset": 1}, "array\\(offset"),
-        ({"offset": -PAGE_SIZE}, "offset"),
+        ({"offset": -PAGE_SIZE}, "negative"),
         ({"offset": 1 << 40}, "past the end"),
         ({"offset": 1.0}, "no int"),
         ({"length": 0}, "not above 0"),

@@ -170,10 +170,12 @@ def _length_of(path: str, size: int, offset: int, length: int | None) -> int:
     for what, value in (("offset", offset), ("length", length)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise InvalidArgument(f"{what}: {value!r} is no int")
-    if offset < 0 or not is_page_aligned(offset):
+    if offset < 0:
+        raise InvalidArgument(f"offset: {offset} is negative")
+    if not is_page_aligned(offset):
         raise InvalidArgument(
             f"offset: {offset} is no multiple of the page size {PAGE_SIZE}; map from "
-            f"{max(0, offset) // PAGE_SIZE * PAGE_SIZE} and use array(offset=...)"
+            f"{offset // PAGE_SIZE * PAGE_SIZE} and use array(offset=...)"
         )
     if size == 0:
         raise InvalidArgument(

@@ -72,6 +72,9 @@ def open_file(path: str, *, writable: bool) -> Iterator[int]:
         os.close(fd)
 
 
+THIS_PROCESS = "this process"
+
+
 def lock_for_writing(fd: int, path: str, *, shared: bool) -> None:
     """Takes the writer's lock of a file, for as long as the open file description of `fd` lives.
 
@@ -82,6 +85,11 @@ def lock_for_writing(fd: int, path: str, *, shared: bool) -> None:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         who = lock_holder(os.fstat(fd).st_ino)
+        if who == THIS_PROCESS:
+            raise RegionBusyError(
+                f"{path!r} is locked by this process: by a flock() of its own, or by a region. With mode 'r+' all "
+                "regions of one file are of service 'kernel', or none is: use the same service, or close it"
+            ) from None
         raise RegionBusyError(
             f"{path!r} is locked by {who}: one process at a time maps a file with mode 'r+'. "
             "Close it there, or use mode 'r' or 'c' here (they need no lock)"
@@ -98,11 +106,13 @@ def lock_holder(inode: int) -> str:
         fields = line.split()
         if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
             pid = fields[4]
+            if int(pid) == os.getpid():
+                return THIS_PROCESS
             try:
                 comm = Path(f"/proc/{pid}/comm").read_text().strip()
             except OSError:
                 return f"process {pid}" if pid != "-1" else "another process"
-            return f"process {pid} ({comm})" + (", this one" if int(pid) == os.getpid() else "")
+            return f"process {pid} ({comm})"
     return "another process"
 
 
