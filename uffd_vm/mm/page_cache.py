@@ -87,8 +87,8 @@ def lock_for_writing(fd: int, path: str, *, shared: bool) -> None:
         who = lock_holder(os.fstat(fd).st_ino)
         if who == THIS_PROCESS:
             raise RegionBusyError(
-                f"{path!r} is locked by this process: by a flock() of its own, or by a region. With mode 'r+' all "
-                "regions of one file are of service 'kernel', or none is: use the same service, or close it"
+                f"{path!r} is locked by this process: by a flock() of its own, or by a region. With mode "
+                "'r+' all regions of a file are of service 'kernel', or none: use the same one, or close it"
             ) from None
         raise RegionBusyError(
             f"{path!r} is locked by {who}: one process at a time maps a file with mode 'r+'. "
