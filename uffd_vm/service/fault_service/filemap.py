@@ -393,8 +393,10 @@ class PageCache:
         return self._ctl[_NR_USED] + nr_pages <= self._ctl[_CAP]
 
     def window(self, nr_pages: int) -> int:
-        """A power of two of pages to bring at a time, at most `nr_pages`: more than a quarter of the cap
-        would throw away what was just brought."""
+        """A power of two of pages to bring at a time, at most `nr_pages`: more than a quarter of the cap,
+        where not all fits, would throw away what was just brought."""
+        if self.nr_pages <= self.cap_pages:
+            return nr_pages
         return min(nr_pages, 1 << (max(1, self.cap_pages // 4).bit_length() - 1))
 
     def make_room(self, nr_pages: int) -> bool:
