@@ -436,6 +436,33 @@ static int64_t mtime_ns(const struct stat *st)
 	return (int64_t)st->st_mtim.tv_sec * 1000000000 + st->st_mtim.tv_nsec;
 }
 
+/* What is there now is our version, also after half a write. */
+static int version_adopt(struct uvm_cache *c)
+{
+	struct stat st;
+	int rc = sys_fstat(c->file_fd, &st);
+	if (rc == 0)
+		__atomic_store_n(&c->shared->ctl.mtime_ns, mtime_ns(&st), __ATOMIC_RELEASE);
+	return rc;
+}
+
+/* One write-back at a time. A holder that died in it (a forked child that exits while a worker of its writes)
+ * has moved the mtime on and not said so; its pages are WRITEBACK still, and are written again. */
+static void wb_lock(struct uvm_cache *c)
+{
+	if (pthread_mutex_lock(&c->shared->wb_lock) != EOWNERDEAD)
+		return;
+	if (c->shared->wb_writing)
+		(void)version_adopt(c);
+	c->shared->wb_writing = 0;
+	pthread_mutex_consistent(&c->shared->wb_lock);
+}
+
+static void wb_unlock(struct uvm_cache *c)
+{
+	pthread_mutex_unlock(&c->shared->wb_lock);
+}
+
 /* Is the file still the version that was mapped? -ENODATA: it is shorter; -ESTALE: it was changed. */
 static int version_check(struct uvm_cache *c)
 {
@@ -485,9 +512,9 @@ int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void 
 		/* Our own write-back moves the mtime, and says so under its lock. */
 		if (nowait)
 			return -EAGAIN;
-		shared_lock(&c->shared->wb_lock);
+		wb_lock(c);
 		rc = version_check(c);
-		pthread_mutex_unlock(&c->shared->wb_lock);
+		wb_unlock(c);
 	}
 	if (rc < 0)
 		return rc;
@@ -742,17 +769,16 @@ static int copy_out(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char
 	int rc = version_check(c);
 	if (rc < 0)
 		return rc;
+	c->shared->wb_writing = 1;
 	for (done = 0; done < len && rc == 0;) {
 		int64_t n = sys_pwrite(c->file_fd, buf + done, len - done, (int64_t)(off + done));
 		if (n <= 0 && n != -EINTR)
 			rc = n < 0 ? (int)n : -EIO;
 		done += n > 0 ? (uint64_t)n : 0;
 	}
-	struct stat st; /* what is there now is our version, also after half a write */
-	int stat_rc = sys_fstat(c->file_fd, &st);
-	if (stat_rc == 0)
-		__atomic_store_n(&c->shared->ctl.mtime_ns, mtime_ns(&st), __ATOMIC_RELEASE);
-	return rc ? rc : stat_rc;
+	int adopted = version_adopt(c);
+	c->shared->wb_writing = 0;
+	return rc ? rc : adopted;
 }
 
 struct written_arg {
@@ -828,11 +854,11 @@ int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages,
 	while (index < end) {
 		unsigned state = uvm_folio_state(atomic_load(&c->folios[index]));
 		if (state == UVM_FOLIO_DIRTY || state == UVM_FOLIO_WRITEBACK) {
-			shared_lock(&c->shared->wb_lock);
+			wb_lock(c);
 			/* Still WRITEBACK, with the lock in our hand: its writer died. */
 			uvm_folio_move(c, index, UVM_FOLIO_WRITEBACK, UVM_FOLIO_DIRTY);
 			index += write_back_run(c, index, end, (char *)(uintptr_t)p, &first);
-			pthread_mutex_unlock(&c->shared->wb_lock);
+			wb_unlock(c);
 			/* 0: written and cleaned by the one we waited for; look again. */
 			continue;
 		}

@@ -75,6 +75,7 @@ struct uvm_cache_shared {
 	pthread_mutex_t fifo_lock;                /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
 	pthread_mutex_t wb_lock; /* as fifo_lock: one write-back of this cache at a time */
+	int wb_writing;          /* under wb_lock: the file is being written, mtime is moving */
 	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
 };
 _Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache header");

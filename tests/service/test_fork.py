@@ -461,6 +461,34 @@ def test_a_child_takes_over_from_a_filler_that_was_killed() -> None:
     run_in_child(in_child_dead_filler)
 
 
+def in_child_dead_writer() -> None:
+    """Killed behind its write, ahead of the fstat() that tells the others which version is ours now."""
+    with mapped("r+") as (region, path):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                region.buffer[PAGE_SIZE] = 0x5A
+                lib.uvm_inject(lib.UVM_OP_FSTAT, 1, 1, 0, 60 * 10**9)
+                region.flush()
+            finally:
+                os._exit(3)
+        wait_until(lambda: path.read_bytes()[PAGE_SIZE] == 0x5A, "written")
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        want = bytearray(DATA)
+        want[PAGE_SIZE] = 0x5A
+        with region.buffer as buffer:
+            assert bytes(buffer) == want  # the second half is read from the file only now
+            buffer[0] = want[0] = 0xA5
+        region.flush()
+        assert path.read_bytes() == want
+        check_all(region)
+
+
+def test_a_writer_that_was_killed_leaves_the_file_ours() -> None:
+    run_in_child(in_child_dead_writer)
+
+
 # --- the end of a child -----------------------------------------------------------------------------
 
 
