@@ -120,6 +120,7 @@ uint64_t uvm_commit(const struct uvm_commit *a, uint64_t index, uint64_t nr_page
 		const struct uvm_settled *s = uvm_settlement(a->commit, class);
 		out->settlement = s->settlement;
 		out->result = s->result;
+		out->row = s->row;
 		out->err = d.err;
 		switch (s->settlement) {
 		case UVM_SETTLEMENT_DONE:

@@ -14,6 +14,7 @@ struct uvm_commit {
 struct uvm_commit_end {
 	int settlement;  /* UVM_SETTLEMENT_* of the last ioctl */
 	uint32_t result; /* VM_FAULT_* that the settlement gives */
+	int row;         /* that it ends in; 0xff: none */
 	int err;
 };
 

@@ -144,19 +144,30 @@ static uint32_t fail_page(struct vm_fault *v, int err, uint32_t result)
 	return result;
 }
 
+/* A page is there, which poison would be refused for: the access fails instead, by SIGSEGV. */
+static uint32_t deny(struct vm_fault *v, int err, uint32_t result)
+{
+	uvm_failure_record(v->region, v->index, failure_kind(err), err);
+	v->err = err;
+	(void)sys_mprotect(fault_page(v), UVM_PAGE, PROT_READ);
+	(void)wake(v);
+	return result;
+}
+
 static uint32_t settle_failed(struct vm_fault *v, const struct uvm_commit_end *end)
 {
 	v->settlement = end->settlement;
 	v->err = end->err;
 	switch (end->settlement) {
-	case UVM_SETTLEMENT_POISON:
 	case UVM_SETTLEMENT_RECLAIM: /* the kernel's own memory: nothing of ours to reclaim would help */
+		if (end->row != 0xff && uvm_row(end->row)->action == UVM_ACTION_DENY_WRITE &&
+		    uvm_park(v->f) == 0)
+			return UVM_VM_FAULT_RETRY; /* it may have some later; p7wp ends it */
+		return fail_page(v, ENOMEM, end->result);
+	case UVM_SETTLEMENT_POISON:
 		return fail_page(v, end->err ? end->err : ENOMEM, end->result);
-	case UVM_SETTLEMENT_DENY: /* a page is there that poison would destroy: the access fails instead */
-		uvm_failure_record(v->region, v->index, failure_kind(end->err), end->err);
-		(void)sys_mprotect(fault_page(v), UVM_PAGE, PROT_READ);
-		(void)wake(v);
-		return end->result;
+	case UVM_SETTLEMENT_DENY:
+		return deny(v, end->err, end->result);
 	case UVM_SETTLEMENT_DETACH:
 		return UVM_VM_FAULT_NOPAGE;
 	case UVM_SETTLEMENT_RETRY:
@@ -171,6 +182,12 @@ static uint32_t act_wake(struct vm_fault *v)
 {
 	wake(v);
 	return v->row->result;
+}
+
+/* p5: the region is read-only; p7wp: tried for too long. */
+static uint32_t act_deny_write(struct vm_fault *v)
+{
+	return deny(v, v->flags & UVM_FLAG_DEADLINE ? ETIMEDOUT : EACCES, v->row->result);
 }
 
 static uint32_t act_join(struct vm_fault *v)
@@ -770,7 +787,7 @@ static const action_fn actions[UVM_NR_ACTION] = {
 	[UVM_ACTION_UNREGISTER_STRAY] = act_unregister_stray,
 	[UVM_ACTION_JOIN] = act_join,
 	[UVM_ACTION_POISON] = act_poison,
-	[UVM_ACTION_DENY_WRITE] = act_wake,
+	[UVM_ACTION_DENY_WRITE] = act_deny_write,
 	[UVM_ACTION_SCAN] = act_scan,
 	[UVM_ACTION_ZERO_FILL] = act_zero_fill,
 	[UVM_ACTION_MAP_CACHED] = act_map_cached,

@@ -10,7 +10,7 @@ const struct uvm_row *uvm_row(int id)
 /* handle_mm_fault(): the prologue first, in the order of its rows; then the product of the inputs. */
 const struct uvm_row *uvm_decide(int kind, int access, int backing, int pte, unsigned flags)
 {
-	unsigned admit = uvm_admit[flags >> 6 & 127];
+	unsigned admit = uvm_admit[kind * 128 + (int)(flags >> 6 & 127)];
 	if (admit != 0xff)
 		return uvm_row((int)admit);
 	int cell = (((kind * 2 + access) * 6 + backing) * 19 + pte) * 64 + (int)(flags & 63);

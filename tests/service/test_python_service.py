@@ -287,6 +287,20 @@ def test_store_that_waits_past_its_deadline_raises_and_is_not_made(path: Path) -
     assert path.read_bytes() == before
 
 
+def test_store_into_a_present_page_that_waits_past_its_deadline_is_denied(path: Path) -> None:
+    """Its page is there: poison would be refused for ever, and the store would fault again without end."""
+    before = path.read_bytes()
+    run = in_child(f"""
+        region = uv.map({str(path)!r}, "r+", service="python", page_mkwrite="wait".format, deadline=0.3)
+        memory = region.buffer
+        assert memory[0] == {before[0]}
+        memory[0] ^= 0xFF
+        print("not reached")
+    """)
+    assert run.returncode == -signal.SIGSEGV and run.stdout == "", (run.returncode, run.stderr)
+    assert path.read_bytes() == before
+
+
 def test_error_of_write_back_is_kept_and_raised_and_nothing_is_lost(path: Path) -> None:
     want = bytearray(path.read_bytes())
     region = uv.map(path, mode="r+", service="python")

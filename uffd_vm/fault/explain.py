@@ -82,7 +82,7 @@ def explain(inputs: Inputs) -> tuple[str, ...]:
 
 
 def _entry(fault: Fault) -> str:
-    if admit(fault.flags) is not None:
+    if admit(fault.kind, fault.flags) is not None:
         return "the prologue ends it"
     bug = sanitize_fault_flags(fault)
     return bug or "the message is admitted"

@@ -164,7 +164,7 @@ def handle_mm_fault(vmf: Fault) -> Row:
 
     Whoever calls this must not use the region object afterwards without looking it up again.
     """
-    if (refused := admit(vmf.flags)) is not None:
+    if (refused := admit(vmf.kind, vmf.flags)) is not None:
         return refused
     # p8: from here on inside the budget's user-fault scope (mem_cgroup_enter_user_fault()).
     if sanitize_fault_flags(vmf) is not None:
@@ -187,11 +187,13 @@ PROLOGUE: tuple[tuple[FaultFlag, str], ...] = (
 )
 
 
-def admit(flags: FaultFlag) -> Row | None:
-    """The prologue; None passes (p8)."""
+def admit(kind: FaultKind, flags: FaultFlag) -> Row | None:
+    """The prologue; None passes (p8). A store that waits for write protection has its page, which poison
+    would refuse: past its deadline it is denied, else it would fault again without end."""
     for flag, name in PROLOGUE:
         if flags & flag:
-            return row(name)
+            denied = kind is FaultKind.WP and flag is FaultFlag.DEADLINE
+            return row("p7wp") if denied else row(name)
     return None
 
 

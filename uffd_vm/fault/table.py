@@ -4,7 +4,7 @@
 whole interface to executors: they index and never branch. Layouts are little-endian and fixed.
 
 cells     one row id each; index ((((kind * 2 + access) * 6 + backing) * 19 + pte) * 64 + flags & 63)
-admit     one row id each, or PASS; index flags >> 6 (128 entries)
+admit     one row id each, or PASS; index kind * 128 + (flags >> 6)
 rows      24 bytes each: u8 id, action, commit, next_pte (KEEP: leave it); u32 result; u16 nr_charge,
           number; u16 may_add, u8 fallback row (0: none), u8 0; u64 counters, one bit each
 settle    8 bytes each: u8 settlement, u8 row (0xFF: none), u16 0, u32 result; index commit * 17 + errno
@@ -93,7 +93,11 @@ def compile_tables() -> Tables:
             decide(*key).id
             for key in itertools.product(FaultKind, Access, Backing, PteState, flags)
         ),
-        admit=bytes(_admitted(f) for f in range((int(PROLOGUE_FLAGS) >> PROLOGUE_SHIFT) + 1)),
+        admit=bytes(
+            _admitted(kind, flags)
+            for kind in FaultKind
+            for flags in range((int(PROLOGUE_FLAGS) >> PROLOGUE_SHIFT) + 1)
+        ),
         rows=b"".join(_pack_row(r) for r in ROWS),
         settle=b"".join(
             _pack_settled(settle(*key)) for key in itertools.product(Commit, ErrnoClass)
@@ -107,8 +111,8 @@ def compile_tables() -> Tables:
     )
 
 
-def _admitted(prologue: int) -> int:
-    refused = admit(FaultFlag(prologue << PROLOGUE_SHIFT))
+def _admitted(kind: FaultKind, prologue: int) -> int:
+    refused = admit(kind, FaultFlag(prologue << PROLOGUE_SHIFT))
     return PASS if refused is None else refused.id
 
 
@@ -299,9 +303,12 @@ def _prologue() -> str:
     lines = ["## Prologue", "", "In this order; the first that is set decides.", ""]
     body = []
     for flag, _ in PROLOGUE:
-        refused = admit(flag)
-        assert refused is not None
-        body.append([refused.name, flag.name or "", *_row_columns(refused)])
+        refused = {kind: admit(kind, flag) for kind in FaultKind}
+        for r in dict.fromkeys(refused.values()):
+            assert r is not None
+            kinds = [kind.name for kind in FaultKind if refused[kind] is r]
+            only = "" if len(kinds) == len(FaultKind) else f", {' '.join(kinds)}"
+            body.append([r.name, f"{flag.name}{only}", *_row_columns(r)])
     passed = ["" for _ in _ROW_COLUMNS[:-1]]
     body.append(["p8", "none of these", *passed, "enter the budget's scope"])
     return "\n".join([*lines, *_markdown(["row", "flag", *_ROW_COLUMNS], body), ""])
