@@ -399,3 +399,46 @@ def test_write_back_that_was_killed_half_way_is_done_again() -> None:
         region.close()
         """
     )
+
+
+def test_a_long_request_lets_faults_and_the_question_in_between() -> None:
+    run(
+        """
+        nbytes = 2 << 30  # half a million pages, one kernel call each: longer than the deadline
+        with uv.anonymous(nbytes, service="python", deadline=1) as region:
+            pid = python_service().pid
+            loader = threading.Thread(target=region.load)
+            loader.start()
+            waits = []
+            a = region.array()
+            while loader.is_alive():
+                began = time.monotonic()
+                assert int(a[-PAGE * (len(waits) + 1)]) == 0
+                waits.append(time.monotonic() - began)
+                time.sleep(0.05)
+            loader.join()
+            assert python_service().pid == pid
+            assert max(waits) < 0.5, waits
+            assert region.residency().mapped_bytes == nbytes
+            del a
+        """
+    )
+
+
+def test_folios_that_a_dead_process_left_half_done_are_what_is_there() -> None:
+    run(
+        """
+        from uffd_vm.fault.pte import FolioState
+        from uffd_vm.kernel._lib import lib
+        with uv.map(file.name, service="python", deadline=5) as region:
+            region.load((0, 8 * PAGE))
+            python_service().kill()
+            folios = lib.uvm_cache_folios(region._ops.cache.id)
+            for index, state in ((1, "EVICTING"), (2, "FILLING"), (20, "EVICTING"), (21, "FILLING")):
+                folios[index] = int(FolioState[state])
+            with within(4):
+                region.load()
+            assert bytes(region.buffer) == data
+            assert {w & 0xFF for w in region._ops.cache.folios(0, 64)} == {int(FolioState.UPTODATE)}
+        """
+    )

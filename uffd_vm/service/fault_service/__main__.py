@@ -215,14 +215,12 @@ class FaultService:
         if not 0 <= index <= index + nr_pages <= region.nr_pages:
             raise OSError(errno.EINVAL, "the range is not inside the region")
         op = message["op"]
-        if op == "protect":
-            self._reply(message, mm.protect(region, index, nr_pages))
-            return
         tasks: dict[str, Callable[[Region, int, int], Task]] = {
             "load": mm.load,
             "prefetch": mm.load,
             "flush": mm.flush,
             "evict": mm.evict,
+            "protect": mm.protect_range,
         }
         if op == "prefetch":
             self._reply(message, 0)

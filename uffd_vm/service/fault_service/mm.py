@@ -15,7 +15,7 @@ import heapq
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +49,8 @@ _INTERRUPT_AFTER_NS = 200_000_000
 _INTERRUPT_LOOK_MS = 100
 _CHAIN_GAP_NS = 1_000_000_000  # a thread that comes back later had the page meanwhile
 _MAX_CHAINS = 4096
+_RESCHED_NS = 10_000_000  # a task that only computes lets others in after this
+_CHUNK_PAGES = 16 << 10  # of a range that is walked: 64 MiB
 _LOAD_PAGES = 512  # largest run that a load, prefetch or read-ahead brings in one go
 
 
@@ -256,12 +258,20 @@ class Mm:
             raise OSError(errno.ESTALE, "the region was dropped")
         return region
 
+    def cond_resched(self) -> Event:
+        """For a task that has not waited for long: faults, and who asks whether we live, come first."""
+        return self.after(0)
+
     def load(self, region: Region, index: int, nr_pages: int, counter: int | None = None) -> Task:
         """Makes [index, index + nr_pages) present. The OSError of a failure has `failed_index`."""
         handle, generation = region.handle, region.generation
         at, end, loaded = index, min(index + nr_pages, region.nr_pages), 0
         tries = 0
+        resched_ns = time.monotonic_ns() + _RESCHED_NS
         while at < end:
+            if time.monotonic_ns() > resched_ns:
+                yield self.cond_resched()
+                resched_ns = time.monotonic_ns() + _RESCHED_NS
             region = self.live(handle, generation)
             state = region.walk(at, _MISSING)
             if state == _POISONED:
@@ -410,13 +420,25 @@ class Mm:
             armed += at - first
         return armed
 
+    def protect_range(self, region: Region, index: int, nr_pages: int) -> Task:
+        """Starts a new period of write tracking. Returns how many pages were armed."""
+        handle, generation = region.handle, region.generation
+        armed = 0
+        for first, n in _chunks(index, nr_pages):
+            armed += self.protect(self.live(handle, generation), first, n)
+            yield self.cond_resched()
+        return armed
+
     def flush(self, region: Region, index: int, nr_pages: int) -> Task:
         """Dirty folios of the range go home, and are durable on return. An earlier write-back that
         failed in the background is told here, once."""
         cache = region.cache
         if cache is None:
             return 0
-        written = yield from self.write_back(cache, region.pgoff + index, nr_pages)
+        written = 0
+        for first, n in _chunks(region.pgoff + index, nr_pages):
+            written += yield from self.write_back(cache, first, n)
+            yield self.cond_resched()
         yield from cache.fsync()
         if err := cache.take_write_back_error():
             raise OSError(err, os.strerror(err))
@@ -428,14 +450,24 @@ class Mm:
         if cache is None:
             return 0
         handle, generation = region.handle, region.generation
-        yield from self.write_back(cache, region.pgoff + index, nr_pages)
-        region = self.live(handle, generation)
-        freed = cache.evict_clean(region.pgoff + index, nr_pages)
-        region.control.counters[_PGSTEAL] += freed
+        freed = 0
+        for first, n in _chunks(region.pgoff + index, nr_pages):
+            yield from self.write_back(cache, first, n)
+            region = self.live(handle, generation)
+            evicted = cache.evict_clean(first, n)
+            region.control.counters[_PGSTEAL] += evicted
+            freed += evicted
+            yield self.cond_resched()
         return freed
 
     def close(self) -> None:
         self.workers.close()
+
+
+def _chunks(index: int, nr_pages: int) -> Iterator[tuple[int, int]]:
+    """(index, number of pages) of the pieces of a range; one piece of nothing where that is empty."""
+    for first in range(index, index + max(nr_pages, 1), _CHUNK_PAGES):
+        yield first, min(_CHUNK_PAGES, index + nr_pages - first)
 
 
 def _failed(err: int, index: int) -> OSError:
