@@ -225,7 +225,7 @@ def test_flush_and_the_lock(path: Path, service: str) -> None:
         region.flush()
         assert path.read_bytes() == want
         other = "native" if service == "kernel" else "kernel"
-        with pytest.raises(uv.RegionBusyError, match="locked by process"):
+        with pytest.raises(uv.RegionBusyError, match="locked by this process"):
             uv.map(path, "r+", service=other)  # type: ignore[arg-type]
     with uv.map(path, "r+", service=service):
         pass  # the lock went with the region
@@ -233,7 +233,7 @@ def test_flush_and_the_lock(path: Path, service: str) -> None:
 
 def test_a_cache_of_the_python_service_and_one_of_ours_exclude_each_other(path: Path) -> None:
     with uv.map(path, "r+", service="python"):
-        with pytest.raises(uv.RegionBusyError, match="this one"):
+        with pytest.raises(uv.RegionBusyError, match="locked by this process"):
             uv.map(path, "r+", service="native")
     with uv.map(path, "r+", service="native"), uv.map(path, "r+", service="inline") as region:
         assert region.service == "inline"  # one cache, as both are this process's
