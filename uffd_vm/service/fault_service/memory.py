@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from uffd_vm.errors import StaleRegionError
 from uffd_vm.fault.action import Action, Commit, Counter, ErrnoClass, Settlement, Truth
-from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultKind, FaultResult
+from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultResult
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.settle import classify_errno
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
@@ -71,7 +71,6 @@ _MAJOR = int(FaultResult.MAJOR)
 _ERROR = int(VM_FAULT_ERROR)
 _DEADLINE = int(FaultFlag.DEADLINE)
 _WRITE = int(Access.WRITE)
-_WP = int(FaultKind.WP)
 _BEYOND_SIZE = int(FaultFlag.BEYOND_SIZE)
 _PTE_MASK = (1 << CACHED_SHIFT) - 1
 _NONE_WP = int(PteState.NONE_WP)
@@ -365,11 +364,6 @@ def folio_wait(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
 
 
 def do_poison(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
-    if vmf.kind == _WP and vmf.flags & _DEADLINE:
-        # The page is there, and poison would be refused: it ends as the commit that it waited for.
-        settlement, result, row = policy.settle(_UNPROTECT, _TIMEDOUT)
-        vmf.settlement, vmf.err = settlement, errno.ETIMEDOUT
-        return _SETTLEMENTS[settlement](mm, vmf, walked, result, row)
     return poison_page(mm, vmf, walked, vmf.row, policy.RESULT[vmf.row])
 
 
@@ -380,6 +374,7 @@ def wake_up(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
 
 def deny_write(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
     """The owner takes the write permission away; then the kernel tells the writer."""
+    vmf.err = errno.ETIMEDOUT if vmf.flags & _DEADLINE else errno.EACCES
     mm.agent.protect_read(walked.region.handle, walked.index, 1)
     return end(mm, vmf, walked, vmf.row, policy.RESULT[vmf.row])
 
