@@ -454,6 +454,16 @@ static struct uvm_executor *inline_take(int *slot)
 	}
 }
 
+/* Where the kernel does not say (a process that gave up its uid may not read its own pagemap) it is what
+ * we believe. */
+static bool is_protected(struct uvm_region *r, uint64_t index, unsigned entry)
+{
+	int truth = uvm_kernel_truth(r, index);
+	if (truth < 0)
+		return entry == UVM_PTE_WRITE_PROTECTED || entry == UVM_PTE_ZERO_WP;
+	return truth == UVM_TRUTH_PRESENT_WP;
+}
+
 int uvm_inline_fault(uint64_t address, int si_code, bool write)
 {
 	int slot;
@@ -472,10 +482,8 @@ int uvm_inline_fault(uint64_t address, int si_code, bool write)
 		       entry == UVM_PTE_PRESENT || entry == UVM_PTE_ZERO;
 	if (r->register_mode & UFFDIO_REGISTER_MODE_MINOR) {
 		if (flags & UVM_FLAG_CACHED)
-			kind = write && present &&
-					       uvm_kernel_truth(r, index) == UVM_TRUTH_PRESENT_WP
-				       ? UVM_KIND_WP
-				       : UVM_KIND_MINOR;
+			kind = write && present && is_protected(r, index, entry) ? UVM_KIND_WP
+										 : UVM_KIND_MINOR;
 	} else if (write && present && r->register_mode & UFFDIO_REGISTER_MODE_WP) {
 		kind = UVM_KIND_WP;
 	}

@@ -7,13 +7,17 @@ its work; elsewhere the fault counter does."""
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 
 import uffd_vm as uv
+from tests.contracts.test_executors import become_nobody
+from uffd_vm.kernel import features
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.inject import inject
 from uffd_vm.testing.invariants import check_all
+from uffd_vm.testing.strategies import pattern
 
 pytestmark = pytest.mark.usefixtures("uffd")
 
@@ -185,3 +189,60 @@ def test_nobody_unmaps_while_pages_are_mapped(make_file, service):
     region.ensure()
     assert tried
     region.close()
+
+
+def _page_that_fails_at_the_touch(path: str) -> None:
+    region = uv.map(path, "r+", service="inline")
+    region._ops.load = lambda *args: None  # type: ignore[method-assign]  # it was good when it was loaded
+    for access in ("read", "write"):
+        with inject("PREAD", 5, count=1 << 40), inject("PREAD_NOWAIT", 11, count=1 << 40):
+            try:
+                region.ensure(access=access)  # type: ignore[arg-type]
+            except uv.SourceError as error:
+                assert error.index == 0 and error.errno == 5, error
+            else:
+                raise AssertionError("no error")
+        assert (
+            region.stats()["pgfault_failed"] <= 2
+        )  # it ends at the first, does not go through all
+        region.check()
+    region.ensure(access="write")
+    with open(path, "rb") as file:
+        assert bytes(region.buffer) == file.read()
+    region.close()
+
+
+def test_a_page_that_fails_at_the_touch_is_a_typed_error(make_file, run_in_child):
+    run_in_child(_page_that_fails_at_the_touch, str(make_file(40 * PAGE_SIZE)))
+
+
+def _in_user_mode_only(service: str) -> str:
+    if service == "python":
+        become_nobody()  # who may run our interpreter
+    else:  # and here not even its own /proc/self/pagemap is readable
+        os.setgroups([])
+        os.setresuid(65534, 65534, 65534)
+    if features.probe().way is not features.Way.USER_MODE_ONLY:
+        return "anybody may do all here"  # vm.unprivileged_userfaultfd=1
+    data = pattern(8 * PAGE_SIZE, 0)
+    for mode in ("r", "c", "r+"):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            with uv.map(file.name, mode, service=service) as region:  # type: ignore[arg-type]
+                region.ensure()
+                assert read_by_system_call(region, 0, region.nbytes) == data
+                if mode == "r":
+                    continue
+                region.ensure(access="write")
+                store_by_system_call(region, PAGE_SIZE + 5, b"mine")
+                assert region.buffer[PAGE_SIZE + 5 : PAGE_SIZE + 9] == b"mine"
+    return "done"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
+def test_in_user_mode_only(run_in_child, service):
+    """There the kernel sends no fault of its own to any service."""
+    env = {"UFFD_VM_USER_MODE_ONLY": "1", "TMPDIR": "/tmp"}
+    assert run_in_child(_in_user_mode_only, service, env=env).value == "done"
