@@ -418,7 +418,7 @@ def test_a_long_request_lets_faults_and_the_question_in_between() -> None:
                 time.sleep(0.05)
             loader.join()
             assert python_service().pid == pid
-            assert max(waits) < 0.5, waits
+            assert max(waits) < 0.9, waits
             assert region.residency().mapped_bytes == nbytes
             del a
         """
