@@ -719,6 +719,40 @@ def test_forks_while_another_thread_maps_and_closes() -> None:
     assert "made inaccessible" not in result.stderr
 
 
+def in_child_fork_during_the_first_map() -> None:
+    """The lock that the other thread holds is nobody's in the child."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(DATA)
+        inside, forked = threading.Event(), threading.Event()
+
+        def on_mmap(event: str, _args: tuple[Any, ...]) -> None:
+            if event == "mmap.__new__" and not inside.is_set():
+                inside.set()
+                forked.wait(10)
+
+        sys.addaudithook(on_mmap)
+
+        def first() -> None:
+            with uv.map(path, "r", service="native") as region:
+                assert content_is_right(region, "r") == b"right"
+
+        def child() -> bytes:
+            with uv.map(path, "c", service="native") as own:
+                return content_is_right(own, "r")
+
+        finish = in_thread(first)
+        assert inside.wait(10)
+        answer = fork_and_ask(child)
+        forked.set()
+        finish()
+        assert answer == (0, b"right")
+
+
+def test_a_fork_while_another_thread_maps_the_first_region() -> None:
+    run_in_child(in_child_fork_during_the_first_map, timeout=15)
+
+
 def in_child_bytes_in_flight() -> None:
     """A slow read is under way in the parent while it forks: the child waits for it, or reads itself."""
     with mapped("r", fault_around_bytes=PAGE_SIZE) as (region, _path):

@@ -247,6 +247,11 @@ class AddressSpace:
         self._python: dict[int, RegionDescriptor] = {}
         self._numbers = itertools.count(1)
         self._hooked = False
+        # Before the first region: a thread may be inside, mapping it, while another one forks.
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -727,8 +732,6 @@ class AddressSpace:
             mapping.flush_quietly()
 
     def _after_fork_in_child(self) -> None:
-        # Another thread of the parent may have held it; there is no such thread here.
-        self._lock = threading.RLock()
         # The fault-service process serves the parent; native code has taken its regions over here.
         self._python.clear()
         for mapping in self.regions():
