@@ -38,13 +38,15 @@
 #include <ucontext.h>
 
 enum {
-	MAX_PLACEHOLDERS = 4096, /* beyond it, death: each may split a mapping in three */
-	MAX_TOLD = 512,          /* threads with a failure that they have not taken yet */
+	MAX_PLACEHOLDERS = 4096, /* each may split a mapping in three; the oldest makes room */
+	MAX_TOLD =
+		512, /* threads with a failure that they have not taken yet; the oldest makes room */
 	MAX_OWNERS = 6,
 	MAX_POISONED = 4096,
 	MAX_RAISES = 64,
 	MAX_LOOKS = 64, /* power of two */
 	LOOKS_IN_VAIN = 2000,
+	WAIT_NS = 50000,
 	MAX_OPEN = 16,     /* pages that one instruction may touch (a gather) */
 	MAX_STEPS = 20000, /* instructions of one thread until a placeholder stays open */
 };
@@ -116,6 +118,8 @@ struct told {
 	bool alone;   /* Python has no other thread */
 	uint64_t run; /* pages that the next placeholder covers */
 	uint32_t steps, nr_open;
+	uint32_t
+		nr_traps; /* trap flags set, in this context and in those that a handler interrupted */
 	struct {
 		uint32_t serial;
 		uint16_t ph;
@@ -146,7 +150,8 @@ static _Atomic int nr_stepping; /* threads that have a placeholder open */
 struct helper {
 	pthread_t thread;
 	bool running; /* under helpers_mutex */
-	_Atomic int stop;
+	_Atomic uint32_t
+		run; /* counts starts and stops: a thread ends when it is not its own any more */
 	_Atomic uint32_t kick;
 };
 static struct helper janitor, raiser;
@@ -444,12 +449,11 @@ static int pages_make(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 	uint64_t len = nr_pages << UVM_PAGE_SHIFT;
 	int rc = pages_map(r, index, nr_pages, 0, ret);
 
-	if (rc == 0) {
+	if (rc == 0)
 		rc = sys_uffd_register(uvm_service_uffd(r->service), *ret, len, r->register_mode,
 				       NULL);
-		if (rc < 0)
-			sys_munmap(*ret, len);
-	}
+	if (rc < 0 && *ret)
+		sys_munmap(*ret, len);
 	return rc;
 }
 
@@ -486,6 +490,8 @@ static void ph_remove(struct placeholder *ph)
 			ph->state = PH_COVERED;
 			ph->unknown = true;
 			ph->t_ns = sys_now_ns();
+			ph->serial =
+				++failures.serial; /* now the youngest: others are tried first */
 		}
 	}
 	failures.nr_removing--;
@@ -597,22 +603,34 @@ told_disown(struct told *t) /* locked: its placeholders are nobody's, or somebod
 	}
 }
 
-/* The slot of this thread; what an earlier failure of it left behind is let go of. */
+static bool told_in_step(const struct told *t)
+{
+	return t->nr_open || t->nr_traps;
+}
+
+/* The slot of this thread; what an earlier failure of it left behind is let go of. When all are in use the
+ * oldest goes: its thread's exception will say less. NULL: each is in the middle of an instruction. */
 static struct told *told_get(uint32_t tid, const struct uvm_failure *f) /* locked */
 {
-	struct told *t = told_find(tid);
+	struct told *t = told_find(tid), *oldest = NULL;
 
-	if (t && t->state == TOLD_SWALLOWED && !t->nr_open) {
-		t->state = TOLD_FREE;
-		t = NULL;
-	}
+	if (t && (t->state != TOLD_SWALLOWED || told_in_step(t)))
+		return t;
 	for (int i = 0; !t && i < MAX_TOLD; i++) {
-		if (failures.told[i].state != TOLD_FREE)
-			continue;
-		t = &failures.told[i];
-		*t = (struct told){.tid = tid, .state = TOLD_SET, .failure = *f, .run = 1};
-		t->t_ns = sys_now_ns();
+		struct told *at = &failures.told[i];
+		if (at->state == TOLD_FREE)
+			t = at;
+		else if (!told_in_step(at) && (!oldest || at->t_ns < oldest->t_ns))
+			oldest = at;
 	}
+	if (!t && (t = oldest))
+		told_disown(t);
+	if (t)
+		*t = (struct told){.tid = tid,
+				   .state = TOLD_SET,
+				   .failure = *f,
+				   .run = 1,
+				   .t_ns = sys_now_ns()};
 	return t;
 }
 
@@ -761,12 +779,13 @@ static bool raiser_has_work(bool *look)
 
 static void *raiser_main(void *arg)
 {
-	struct helper *h = arg;
+	struct helper *h = &raiser;
+	uint32_t run = (uint32_t)(uintptr_t)arg;
 
-	while (!atomic_load(&h->stop)) {
+	while (atomic_load(&h->run) == run) {
 		uint32_t seen = atomic_load(&h->kick);
 		bool look;
-		if (!raiser_has_work(&look) || atomic_load(&h->stop)) {
+		if (!raiser_has_work(&look) || atomic_load(&h->run) != run) {
 			helper_sleep(h, seen,
 				     atomic_load(&nr_placeholders) ? TAKEN_AFTER_NS / 2
 								   : 3600000000000ull);
@@ -792,11 +811,17 @@ static void *raiser_main(void *arg)
 static bool raise_by_helper(unsigned long ident, uintptr_t py_class, bool *alone)
 {
 	struct raise *q = NULL;
+	uint64_t until = sys_now_ns() + RAISE_TIMEOUT_S * 1000000000ull;
 
-	for (int i = 0; !q && i < MAX_RAISES; i++) {
-		uint32_t unused = RAISE_FREE;
-		if (atomic_compare_exchange_strong(&raises[i].state, &unused, RAISE_FILLING))
-			q = &raises[i];
+	while (!q && sys_now_ns() < until && atomic_load(&raiser_up)) {
+		for (int i = 0; !q && i < MAX_RAISES; i++) {
+			uint32_t unused = RAISE_FREE;
+			if (atomic_compare_exchange_strong(&raises[i].state, &unused,
+							   RAISE_FILLING))
+				q = &raises[i];
+		}
+		if (!q)
+			usleep(1000);
 	}
 	if (!q)
 		return false;
@@ -804,7 +829,6 @@ static bool raise_by_helper(unsigned long ident, uintptr_t py_class, bool *alone
 	q->py_class = py_class;
 	atomic_store(&q->state, RAISE_ASKED);
 	helper_kick(&raiser);
-	uint64_t until = sys_now_ns() + RAISE_TIMEOUT_S * 1000000000ull;
 	while (atomic_load(&q->state) == RAISE_ASKED && sys_now_ns() < until &&
 	       atomic_load(&raiser_up)) {
 		struct timespec slice = {0, 100000000};
@@ -1094,7 +1118,30 @@ static bool look_again(uint32_t tid, uint64_t address)
 	return true;
 }
 
-enum delivery { DELIVERED, AGAIN, DIE };
+/* LATER: the region is just being closed, or the placeholder taken away; FULL (inside): of placeholders. */
+enum delivery { DELIVERED, AGAIN, LATER, FULL, DIE };
+
+/* With nothing held, so that who is at it gets through. */
+static void wait_a_little(void)
+{
+	struct timespec little = {0, WAIT_NS};
+	nanosleep(&little, NULL);
+}
+
+/* The oldest that no thread has open. A call that fails on one page after the other is past it; else it
+ * touches the page again, which is missing then, and fails again. Locked. */
+static struct placeholder *ph_oldest(void)
+{
+	struct placeholder *oldest = NULL;
+
+	for (uint32_t i = 0; i < failures.nr_ph; i++) {
+		struct placeholder *ph = &failures.ph[i];
+		if (ph->state == PH_COVERED && !ph->nr_open &&
+		    (!oldest || (int32_t)(ph->serial - oldest->serial) < 0))
+			oldest = ph;
+	}
+	return oldest;
+}
 
 /* Under the locks: the page has a placeholder, and the thread is one of its owners. */
 static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struct uvm_failure *f,
@@ -1105,12 +1152,8 @@ static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struc
 	enum delivery d = DELIVERED;
 
 	struct told *t = told_get(tid, f);
-	if (!t) {
-		die_line(r, index, "too many threads wait to be told", 0);
-		return DIE;
-	}
-	if (ph && ph->state == PH_REMOVING)
-		return AGAIN;
+	if (!t || (ph && ph->state == PH_REMOVING))
+		return LATER;
 	if (!ph) {
 		int rc = 0;
 		uvm_ptl_lock(address);
@@ -1149,6 +1192,8 @@ static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struc
 			}
 		}
 		uvm_ptl_unlock(address);
+		if (rc == -ENOSPC)
+			return FULL;
 		if (rc < 0) {
 			die_line(r, index, "no placeholder could be made", -rc);
 			return DIE;
@@ -1251,7 +1296,7 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 	bool again = told_already(tid);
 
 	if (atomic_load(&r->state) != UVM_REGION_LIVE)
-		return AGAIN;
+		return LATER;
 	if (!poison_first && !again) {
 		struct timespec grace = {0, GRACE_NS};
 		nanosleep(&grace, NULL);
@@ -1274,13 +1319,32 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		return AGAIN;
 	}
 	enum delivery d = cover_for(r, index, &f, tid, poison_first, &ph);
+	for (int tries = 0; d == FULL; tries++) {
+		struct placeholder *oldest = ph_oldest();
+		if (oldest)
+			ph_begin_remove(oldest);
+		unlock();
+		if (oldest)
+			ph_remove(oldest);
+		else
+			wait_a_little();
+		lock();
+		if (atomic_load(&r->state) != UVM_REGION_LIVE) {
+			d = LATER; /* its closer waits for this thread */
+		} else if (tries == 2 * MAX_PLACEHOLDERS) {
+			die_line(r, index, "no placeholder could be taken back", 0);
+			d = DIE;
+		} else {
+			d = cover_for(r, index, &f, tid, poison_first, &ph);
+		}
+	}
 	struct told *t = told_find(tid);
 	if (t && again)
 		f.kind = t->failure.kind; /* one call, one reason: the first */
 	unlock();
 	/* A page that is back already has failed for this thread all the same: it may be covered again,
 	 * for another one, before this one has touched it. */
-	if (d == DIE || (d == AGAIN && poison_first))
+	if (d == DIE || d == LATER || (d == AGAIN && poison_first))
 		return d;
 
 	if (f.kind == UVM_FAILURE_INTERRUPT)
@@ -1315,15 +1379,6 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 	return d;
 }
 
-void uvm_failure_deliver_here(struct uvm_region *r, uint64_t index)
-{
-	if (deliver(r, index, true) == DIE) {
-		/* The handler around us would touch again, for ever. */
-		siginfo_t info = {.si_code = BUS_ADRERR};
-		default_action(SIGBUS, &info);
-	}
-}
-
 static bool is_write(const void *context)
 {
 #if defined(__x86_64__)
@@ -1349,16 +1404,22 @@ static bool is_write(const void *context)
 #endif
 }
 
-/* The instruction runs again, and this thread only then stops: sigtrap_handler() closes what is open. */
+/* The instruction runs again, and this thread only then stops: sigtrap_handler() closes what is open. A signal
+ * of the program's may come first: the flag waits in the context that its handler returns to, and
+ * what is open then stays open, or is closed by an instruction of that handler. */
 static void step_if_open(void *context)
 {
 #if HAVE_STEP
+	greg_t *flags = &((ucontext_t *)context)->uc_mcontext.gregs[REG_EFL];
+
 	if (!atomic_load(&nr_stepping))
 		return;
 	lock();
 	struct told *t = told_find(sys_gettid());
-	if (t && t->nr_open)
-		((ucontext_t *)context)->uc_mcontext.gregs[REG_EFL] |= TRAP_FLAG;
+	if (t && t->nr_open && !(*flags & TRAP_FLAG)) {
+		*flags |= TRAP_FLAG;
+		t->nr_traps++;
+	}
 	unlock();
 #else
 	(void)context;
@@ -1371,12 +1432,14 @@ static void sigtrap_handler(int sig, siginfo_t *info, void *context)
 	bool ours = false;
 
 	(void)sig;
-	if (info->si_code == TRAP_TRACE && atomic_load(&nr_stepping)) {
+	if (info->si_code == TRAP_TRACE) {
 		lock();
 		struct told *t = told_find(sys_gettid());
-		ours = t && t->nr_open;
-		if (ours)
+		ours = t && t->nr_traps;
+		if (ours) {
+			t->nr_traps--;
 			close_for(t);
+		}
 		unlock();
 	}
 #if HAVE_STEP
@@ -1395,20 +1458,28 @@ static void sigbus_handler(int sig, siginfo_t *info, void *context)
 	enum delivery d = DIE;
 	bool ours = info->si_code > 0 && atomic_load(&sigbus_installed);
 	struct uvm_region *r = ours ? uvm_region_find(address) : NULL;
+	bool poison_first = false;
 
 	(void)sig;
 	if (r && r->service == UVM_SERVICE_INLINE && info->si_code != BUS_MCEERR_AR) {
 		uvm_region_put(r);
-		r = NULL;
-		if (uvm_inline_fault(address, info->si_code, is_write(context)) == 1)
-			d = DELIVERED;
+		int rc = uvm_inline_fault(address, is_write(context));
+		d = rc == 1 ? DELIVERED : DIE;
+		poison_first = rc == -1;
+		/* A thread that is being told may wait for the GIL: nothing is held over that that a thread
+		 * with the GIL may want. */
+		r = poison_first ? uvm_region_find(address) : NULL;
+		if (poison_first && !r)
+			d = LATER;
 	}
 	if (r) {
-		d = deliver(r, (address - r->start) >> UVM_PAGE_SHIFT, false);
+		d = deliver(r, (address - r->start) >> UVM_PAGE_SHIFT, poison_first);
 		uvm_region_put(r);
-		if (d == AGAIN && !look_again(sys_gettid(), address))
-			d = DIE;
 	}
+	if (d == LATER)
+		wait_a_little();
+	else if (d == AGAIN && !look_again(sys_gettid(), address))
+		d = DIE;
 	if (d == DIE)
 		chain(&chains[0], info, context);
 	else
@@ -1422,7 +1493,7 @@ static enum delivery touch_placeholder(struct uvm_region *r, uint64_t index)
 	bool told = told_already(sys_gettid());
 
 	if (atomic_load(&r->state) != UVM_REGION_LIVE)
-		return AGAIN;
+		return LATER;
 	lock();
 	struct placeholder *ph = ph_find(uvm_region_handle(r), index);
 	/* Covered ahead for another thread: this one gets a try of its own. */
@@ -1435,7 +1506,7 @@ static enum delivery touch_placeholder(struct uvm_region *r, uint64_t index)
 		ph_remove(ph);
 		return DELIVERED;
 	}
-	return covered ? deliver(r, index, false) : AGAIN;
+	return covered ? deliver(r, index, false) : ph ? LATER : AGAIN;
 }
 
 static void sigsegv_handler(int sig, siginfo_t *info, void *context)
@@ -1451,7 +1522,9 @@ static void sigsegv_handler(int sig, siginfo_t *info, void *context)
 		if (r->writable || !is_write(context))
 			d = touch_placeholder(r, (address - r->start) >> UVM_PAGE_SHIFT);
 		uvm_region_put(r);
-		if (d == AGAIN && !look_again(sys_gettid(), address))
+		if (d == LATER)
+			wait_a_little();
+		else if (d == AGAIN && !look_again(sys_gettid(), address))
 			d = DIE;
 	}
 	if (d == DIE)
@@ -1541,8 +1614,10 @@ static uint64_t janitor_round(bool all)
 			break;
 		}
 		failures.poison_tail++;
-		if (!poison_lift(p.region, p.index))
+		if (!poison_lift(p.region, p.index)) {
 			poison_note(p.region, p.index, now);
+			next = UVM_POISON_TTL_NS;
+		}
 	}
 	unlock();
 	ph_sweep(all ? due_all : due_now, now);
@@ -1573,12 +1648,13 @@ static uint64_t janitor_round(bool all)
 
 static void *janitor_main(void *arg)
 {
-	struct helper *h = arg;
+	struct helper *h = &janitor;
+	uint32_t run = (uint32_t)(uintptr_t)arg;
 
-	while (!atomic_load(&h->stop)) {
+	while (atomic_load(&h->run) == run) {
 		uint32_t seen = atomic_load(&h->kick);
 		uint64_t ns = janitor_round(false);
-		if (!atomic_load(&h->stop))
+		if (atomic_load(&h->run) == run)
 			helper_sleep(h, seen, ns);
 	}
 	janitor_round(true);
@@ -1590,20 +1666,26 @@ static int helper_start(struct helper *h, const char *name,
 {
 	if (h->running)
 		return 0;
-	atomic_store(&h->stop, 0);
-	int rc = uvm_thread_create(&h->thread, name, fn, h);
+	uint32_t run = atomic_fetch_add(&h->run, 1) + 1;
+	int rc = uvm_thread_create(&h->thread, name, fn, (void *)(uintptr_t)run);
 	h->running = rc == 0;
 	return rc;
 }
 
-static void helper_stop(struct helper *h) /* helpers_mutex held */
+/* helpers_mutex held; let go of while the thread ends: it may need the GIL for that (uvm-raiser), or the fault
+ * thread (uvm-janitor), and who has those may wait for the mutex, as os.fork() does. */
+static void helper_stop(struct helper *h)
 {
+	pthread_t thread = h->thread;
+
 	if (!h->running)
 		return;
-	atomic_store(&h->stop, 1);
-	helper_kick(h);
-	pthread_join(h->thread, NULL);
 	h->running = false;
+	atomic_fetch_add(&h->run, 1);
+	pthread_mutex_unlock(&helpers_mutex);
+	helper_kick(h);
+	pthread_join(thread, NULL);
+	pthread_mutex_lock(&helpers_mutex);
 }
 
 /* Poison must be lifted also where no region raises: then the first poison starts the janitor. */
@@ -1645,8 +1727,8 @@ void uvm_failure_forget(struct uvm_region *r)
 	int64_t region = uvm_region_handle(r);
 
 	lock();
-	for (uint32_t i = 0; i < failures.nr_ph; i++)
-		if (failures.ph[i].state != PH_FREE && failures.ph[i].region == region)
+	for (uint32_t i = 0; i < failures.nr_ph; i++) /* what is being removed is its remover's */
+		if (failures.ph[i].state == PH_COVERED && failures.ph[i].region == region)
 			ph_free(&failures.ph[i]);
 	uint64_t kept = failures.poison_tail;
 	for (uint64_t i = failures.poison_tail; i < failures.poison_head; i++)

@@ -129,13 +129,13 @@ static int failure_kind(int err)
 }
 
 /* The page fails: the reason first, then the poison that wakes. Inline, the touching thread is this
- * one, and is told by the handler that runs around us. */
+ * one, and is told by the handler that runs around us, once nothing is held any more. */
 static uint32_t fail_page(struct vm_fault *v, int err, uint32_t result)
 {
 	uvm_failure_record(v->region, v->index, failure_kind(err), err);
 	v->err = err;
 	if (v->x->service == UVM_SERVICE_INLINE) {
-		uvm_failure_deliver_here(v->region, v->index);
+		v->x->failed = true;
 		return result;
 	}
 	struct uvm_done d = uvm_poison_page(v->region, v->index);

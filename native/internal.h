@@ -245,6 +245,7 @@ struct uvm_fault {
 struct uvm_executor {
 	uint8_t *buf;   /* UVM_BUFFER_BYTES, resident, never inside a region */
 	bool may_block; /* file reads may wait here (workers, inline, load) */
+	bool failed;    /* inline: the page is to fail, in this thread */
 	int service;
 };
 
@@ -277,16 +278,15 @@ void uvm_failure_record(struct uvm_region *r, uint64_t index, int kind, int err)
 /* Poisons one page of r so that its waiters get SIGBUS (or EFAULT in a syscall); ptl NOT held. The
  * janitor makes it missing again after UVM_POISON_TTL_NS, so that the next access tries again. */
 struct uvm_done uvm_poison_page(struct uvm_region *r, uint64_t index);
-/* A fault in the touching thread itself failed (inline service): called inside the SIGBUS handler. */
-void uvm_failure_deliver_here(struct uvm_region *r, uint64_t index);
 /* Drops what failure.c holds of a closing region (placeholders, poison timers). */
 void uvm_failure_forget(struct uvm_region *r);
 void uvm_failure_child(void); /* after fork */
 void uvm_failure_prepare(void);
 void uvm_failure_parent(void);
 int uvm_failure_nr_placeholders(void);
-/* Inline service: resolves a SIGBUS at address in the touching thread. 1: return and retry; 0: not ours. */
-int uvm_inline_fault(uint64_t address, int si_code, bool write);
+/* Inline service: resolves a SIGBUS at address in the touching thread. 1: return and retry; 0: not ours;
+ * -1: the page failed, as recorded. */
+int uvm_inline_fault(uint64_t address, bool write);
 /* The fault thread's question while a fault of tid waits long: did Ctrl-C arrive meanwhile? */
 void uvm_interrupt_watch(bool on);
 bool uvm_interrupt_pending(uint32_t tid);

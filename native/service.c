@@ -464,10 +464,9 @@ static bool is_protected(struct uvm_region *r, uint64_t index, unsigned entry)
 	return truth == UVM_TRUTH_PRESENT_WP;
 }
 
-int uvm_inline_fault(uint64_t address, int si_code, bool write)
+int uvm_inline_fault(uint64_t address, bool write)
 {
 	int slot;
-	(void)si_code;
 	struct uvm_region *r = uvm_region_find(address);
 	if (!r)
 		return 0;
@@ -500,9 +499,11 @@ int uvm_inline_fault(uint64_t address, int si_code, bool write)
 		.service = UVM_SERVICE_INLINE,
 	};
 	struct uvm_executor *x = inline_take(&slot);
+	x->failed = false;
 	uvm_handle_mm_fault(x, &f);
+	bool failed = x->failed;
 	atomic_store(&inline_busy[slot], 0);
-	return 1;
+	return failed ? -1 : 1;
 }
 
 /* ---- starting and stopping ------------------------------------------------------------------------------------ */
