@@ -23,7 +23,7 @@ faulthandler.dump_traceback_later(50, exit=True)
 import numpy as np
 import uffd_vm as uv
 from tests.service import service_hooks as hooks
-from uffd_vm.service.python import python_service
+from uffd_vm.service.python import python_service, running_service
 
 PAGE = 4096
 data = os.urandom(PAGE // 2).replace(b"\\xff", b"x") * 2 * 64
@@ -440,5 +440,75 @@ def test_folios_that_a_dead_process_left_half_done_are_what_is_there() -> None:
                 region.load()
             assert bytes(region.buffer) == data
             assert {w & 0xFF for w in region._ops.cache.folios(0, 64)} == {int(FolioState.UPTODATE)}
+        """
+    )
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_at_random_no_store_is_lost_and_no_byte_is_wrong() -> None:
+    """Four threads read, store, evict and load, each its own pages; a store that raised was not made."""
+    run(
+        """
+        import ctypes, random
+        N = 256
+        content = bytearray(os.urandom(N * PAGE // 2).replace(b"\\xff", b"x") * 2)
+        file.seek(0); file.write(content); file.flush()
+        region = uv.map(file.name, "r+", service="python", deadline=1, fault_around_bytes=4 * PAGE,
+                        cap=64 * PAGE)
+        over = threading.Event()
+        wrong, died = [], []
+
+        def step(rng, page):
+            what, at = rng.random(), page * PAGE
+            if what < 0.5:
+                if bytes(region.buffer[at : at + PAGE]) != content[at : at + PAGE]:
+                    wrong.append(page)
+            elif what < 0.9:
+                value = rng.randrange(255)
+                ctypes.memset(region.address + at, value, 1)
+                content[at] = value
+            elif what < 0.95:
+                region.evict()
+            else:
+                region.load()
+
+        def work(k):
+            rng = random.Random(k)
+            while not over.is_set() and not wrong:
+                try:
+                    step(rng, rng.randrange(k, N, 4))
+                except uv.PagerDied as error:
+                    died.append(error.errno)
+                    try:
+                        region.load()
+                    except uv.PagerDied:
+                        pass
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        rng, end = random.Random(7), time.monotonic() + 20
+        while time.monotonic() < end:
+            time.sleep(rng.uniform(0.2, 1.5))
+            try:
+                pid = running_service().pid
+                os.kill(pid, rng.choice((signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL)))
+                if rng.random() < 0.3:
+                    time.sleep(rng.uniform(0, 0.8))
+                    os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+        over.set()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert not wrong, wrong
+        assert {errno.EPIPE, errno.ETIMEDOUT} <= set(died), died
+        try:
+            region.load()
+        except uv.PagerDied:
+            region.load()
+        region.close()
+        assert open(file.name, "rb").read() == content
         """
     )

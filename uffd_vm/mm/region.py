@@ -162,7 +162,8 @@ class Region:
         """Makes pages present now, in this thread, and says what went wrong as an ordinary exception.
 
         Raises SourceError, SourceTimeout, SourceChanged or PagerDied, with `index` (the page); pages
-        before that one are present. A page may be evicted again later.
+        before that one are present. A page may be evicted again later. Where the process of
+        service="python" has died, it starts another, which takes over all regions.
         """
         index, nr_pages = self._span(range)
         if nr_pages:
@@ -201,7 +202,10 @@ class Region:
 
     def check(self) -> None:
         """Raises, once, the failure of a touch whose thread could not be told (a thread unknown to
-        Python). Until then every other call on the region raises it, and `with` does at its end."""
+        Python). Until then every other call on the region raises it, and `with` does at its end.
+
+        With service="inline" also raises HandlerReplaced, once, where somebody put a signal handler over
+        ours, and puts ours back in front of it."""
         self._ops.check()
 
     # --- write tracking -----------------------------------------------------------------------------
