@@ -181,8 +181,12 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 	pthread_mutexattr_t attr;
 	int rc;
 
-	c->shared_bytes = (UVM_CACHE_CTL_BYTES + c->nr_pages * sizeof(uint32_t) + UVM_PAGE - 1) &
-			  ~(size_t)(UVM_PAGE - 1);
+	/* Room for the worst case, a page an extent; what is not used is not touched. */
+	uint64_t most = cap_pages < c->nr_pages ? cap_pages : c->nr_pages;
+	uint64_t fifo_size = 2 * most + 64;
+	size_t fifo_at = (UVM_CACHE_CTL_BYTES + c->nr_pages * sizeof(uint32_t) + 15) & ~(size_t)15;
+	c->shared_bytes =
+		(fifo_at + fifo_size * sizeof *c->fifo + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1);
 	if (ftruncate(c->ctl_fd, (off_t)c->shared_bytes) < 0)
 		return -errno;
 	rc = sys_mmap(0, c->shared_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->ctl_fd, 0, &p);
@@ -190,16 +194,7 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 		return rc;
 	c->shared = (void *)(uintptr_t)p;
 	c->folios = (void *)(uintptr_t)(p + UVM_CACHE_CTL_BYTES);
-	/* Room for the worst case, a page an extent; what is not used is not touched. */
-	uint64_t most = cap_pages < c->nr_pages ? cap_pages : c->nr_pages;
-	uint64_t fifo_size = 2 * most + 64;
-	rc = sys_mmap(0, fifo_size * sizeof *c->fifo, PROT_READ | PROT_WRITE,
-		      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &p);
-	if (rc < 0) {
-		sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
-		return rc;
-	}
-	c->fifo = (void *)(uintptr_t)p;
+	c->fifo = (void *)(uintptr_t)(p + fifo_at);
 	c->shared->fifo_size = fifo_size;
 	c->shared->ctl.nr_pages = c->nr_pages;
 	c->shared->ctl.cap_pages = cap_pages;
@@ -249,7 +244,6 @@ static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t m
 	c->shared->ctl.mtime_ns = mtime_ns;
 	rc = slot_attach(c);
 	if (rc < 0) {
-		sys_munmap((uint64_t)(uintptr_t)c->fifo, c->shared->fifo_size * sizeof *c->fifo);
 		sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
 	}
 	return rc;
@@ -302,7 +296,6 @@ static void cache_free(struct uvm_cache *c)
 		if (c->alias[s])
 			sys_munmap(c->alias[s], c->nr_pages << UVM_PAGE_SHIFT);
 	slot_detach(c);
-	sys_munmap((uint64_t)(uintptr_t)c->fifo, c->shared->fifo_size * sizeof *c->fifo);
 	sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
 	close_fds(c);
 	__atomic_fetch_sub(&uvm_space.nr_caches, 1, __ATOMIC_RELAXED);
@@ -563,7 +556,8 @@ static unsigned extent_kept(struct uvm_cache *c, const struct uvm_extent *e)
 {
 	unsigned kept = 0;
 	for (uint64_t i = e->index; i < e->index + e->nr_pages; i++) {
-		if (i % 1024 == 0 && (i = uvm_cache_next_touched(c, i)) >= e->index + e->nr_pages)
+		if (uvm_folio_begins_page(i) &&
+		    (i = uvm_cache_next_touched(c, i)) >= e->index + e->nr_pages)
 			break;
 		unsigned state = uvm_folio_state(atomic_load(&c->folios[i]));
 		kept |= state != UVM_FOLIO_ABSENT ? KEPT : 0;
@@ -581,7 +575,7 @@ static void fifo_rebuild(struct uvm_cache *c)
 	fifo_lock(c);
 	s->fifo_head = s->fifo_tail;
 	for (uint64_t i = 0; i < c->nr_pages; i++) {
-		if (i % 1024 == 0 && (i = uvm_cache_next_touched(c, i)) >= c->nr_pages)
+		if (uvm_folio_begins_page(i) && (i = uvm_cache_next_touched(c, i)) >= c->nr_pages)
 			break;
 		if (uvm_folio_state(atomic_load(&c->folios[i])) == UVM_FOLIO_ABSENT)
 			continue;
@@ -649,7 +643,7 @@ int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 		} else {
 			index++;
 		}
-		if (index % 1024 == 0)
+		if (uvm_folio_begins_page(index))
 			index = uvm_cache_next_touched(c, index);
 	}
 	return done;
@@ -867,7 +861,7 @@ int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages,
 			continue;
 		}
 		index++;
-		if (index % 1024 == 0)
+		if (uvm_folio_begins_page(index))
 			index = uvm_cache_next_touched(c, index);
 	}
 	sys_munmap(p, WRITE_BACK_PAGES << UVM_PAGE_SHIFT);

@@ -613,6 +613,8 @@ static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f,
 	}
 	bool let_go = x->may_block && x->service != UVM_SERVICE_INLINE;
 	uvm_cache_ref(c);
+	uint64_t head = __atomic_load_n(&r->ctl->trace_head, __ATOMIC_RELAXED);
+	__builtin_prefetch(&r->ctl->trace[head % UVM_TRACE_RECORDS], 1);
 	if (let_go) {
 		uvm_region_put(r);
 		*region = r = NULL;
@@ -656,11 +658,11 @@ static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, 
 {
 	uint64_t around = r->fault_around_pages;
 	uint64_t advice = __atomic_load_n(&r->ctl->advice, __ATOMIC_RELAXED);
-	uint64_t marker = atomic_load_explicit(&r->ra_marker, memory_order_relaxed);
+	uint64_t prev = atomic_load_explicit(&r->ra_prev, memory_order_relaxed);
 	uint64_t end = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
+	/* Inside (prev, end): a marker, or a page that the workers have not come to yet. */
 	bool sequential = r->readahead_pages > 1 && advice != UVM_ADVICE_RANDOM &&
-			  (advice == UVM_ADVICE_SEQUENTIAL || index == marker ||
-			   (index > marker && index < end)); /* jumped, or lost the page again */
+			  (advice == UVM_ADVICE_SEQUENTIAL || (index > prev && index <= end));
 
 	if (advice == UVM_ADVICE_RANDOM)
 		around = 1;
@@ -676,8 +678,6 @@ static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, 
 		if (size > most || advice == UVM_ADVICE_SEQUENTIAL)
 			size = most;
 		*block = size > 1 ? 1ull << (63 - __builtin_clzll(size)) : 1;
-	} else {
-		atomic_store_explicit(&r->ra_end, 0, memory_order_relaxed);
 	}
 	atomic_store_explicit(&r->ra_block, (uint32_t)(*block ? *block : around),
 			      memory_order_relaxed);
@@ -689,15 +689,14 @@ static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, 
 static void plan_next(struct uvm_region *r, uint64_t index, const struct window *w, uint64_t block)
 {
 	uint64_t from = w->index + w->nr_pages;
+	atomic_store_explicit(&r->ra_prev, index, memory_order_relaxed);
 	if (!block) {
-		atomic_store_explicit(&r->ra_marker, from, memory_order_relaxed);
+		atomic_store_explicit(&r->ra_end, from, memory_order_relaxed);
 		return;
 	}
-	uint64_t marker = next_block(r, index, block);
-	uint64_t stop = marker + READAHEAD_BLOCKS * block;
+	uint64_t stop = next_block(r, index, block) + READAHEAD_BLOCKS * block;
 	uint64_t end = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
 
-	atomic_store_explicit(&r->ra_marker, marker, memory_order_relaxed);
 	if (stop > r->nr_pages)
 		stop = r->nr_pages;
 	if (from < end)
@@ -801,12 +800,37 @@ static const action_fn actions[UVM_NR_ACTION] = {
 };
 
 /* ---- entry ------------------------------------------------------------------------------------------------- */
+enum { EXPECTED_LATENCY_BUCKET = 84 }; /* 5 to 16 us: a line of the histogram */
+
+/* A region that is one of thousands is in no cache: what the fault will need of it is asked for at once, to
+ * arrive while the file is read. */
+static void prefetch_region(const struct uvm_region *r, uint64_t index)
+{
+	const struct uvm_region_ctl *ctl = r->ctl;
+	const struct uvm_cache_shared *s = r->shared;
+
+	__builtin_prefetch(&r->ra_prev, 1);
+	__builtin_prefetch((const void *)&r->ptes[index], 1);
+	__builtin_prefetch(&ctl->trace_head, 1);
+	__builtin_prefetch(&ctl->counters[UVM_COUNTER_PGFAULT], 1);
+	__builtin_prefetch(&ctl->counters[UVM_COUNTER_BYTES_READ], 1);
+	__builtin_prefetch(&ctl->latency[EXPECTED_LATENCY_BUCKET], 1);
+	if (!s)
+		return;
+	__builtin_prefetch(r->cache, 1);
+	__builtin_prefetch(&r->cache->owner, 1);
+	__builtin_prefetch((const char *)s + UVM_CACHE_CTL_BYTES + 4 * (r->pgoff + index), 1);
+	__builtin_prefetch(&s->ctl, 1);
+	__builtin_prefetch(&s->fifo_lock, 1);
+}
+
 static unsigned prologue(struct vm_fault *v)
 {
 	struct uvm_region *r = v->region;
 	unsigned flags = r->flags;
 
 	v->index = (v->f->address - r->start) >> UVM_PAGE_SHIFT;
+	prefetch_region(r, v->index);
 	if (atomic_load(&r->state) != UVM_REGION_LIVE)
 		flags |= UVM_FLAG_CLOSING;
 	if (v->f->access == 1 && !r->writable)

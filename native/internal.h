@@ -69,15 +69,17 @@ struct uvm_extent {
 	uint64_t nr_pages;
 };
 
-/* In the control memfd, behind struct uvm_cache_ctl. */
+/* The start of the control memfd; folio words and the queue of extents follow. What a fault of a small
+ * cache touches lies in one page. */
 struct uvm_cache_shared {
+	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
 	struct uvm_cache_ctl ctl;
 	pthread_mutex_t fifo_lock;                /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
 	pthread_mutex_t wb_lock; /* as fifo_lock: one write-back of this cache at a time */
 	int wb_writing;          /* under wb_lock: the file is being written, mtime is moving */
-	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
 };
+_Static_assert(offsetof(struct uvm_cache_shared, ctl) == UVM_CACHE_CTL_OFFSET, "cache header");
 _Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache header");
 
 struct uvm_cache {
@@ -134,6 +136,11 @@ int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages,
 int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void *buf, bool nowait);
 /* The first index >= index whose folio words were ever written; nr_pages if none. */
 uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index);
+/* Where a walk over folio words has to ask again: what was never written is not read either. */
+static inline bool uvm_folio_begins_page(uint64_t index)
+{
+	return (UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t)) % UVM_PAGE == 0;
+}
 int uvm_cache_child_attach(struct uvm_cache *c);
 void uvm_caches_child_begin(void);
 void uvm_caches_child_end(void);
@@ -143,7 +150,7 @@ enum uvm_region_state { UVM_REGION_FREE, UVM_REGION_LIVE, UVM_REGION_CLOSING };
 
 struct uvm_region {
 	/* Slots are type-stable: a look-up may read a freed one, and sees that by state and generation. */
-	_Atomic int state;
+	_Alignas(64) _Atomic int state;
 	_Atomic uint32_t generation;
 	_Atomic int in_flight;   /* executors inside it; close waits for 0 */
 	_Atomic int nr_settling; /* of these: who only wait for the others */
@@ -155,24 +162,27 @@ struct uvm_region {
 	unsigned flags; /* FaultFlag */
 	int prot;
 	uint64_t register_mode;
-	int child_rc;            /* in a forked child: how mapping it again ended */
-	struct uvm_cache *cache; /* NULL: anonymous */
+	int child_rc;                          /* in a forked child: how mapping it again ended */
+	struct uvm_cache *cache;               /* NULL: anonymous */
+	const struct uvm_cache_shared *shared; /* the cache's */
 	uint32_t fault_around_pages, readahead_pages;
 	uint64_t deadline_ns;
 	struct uvm_region_ctl *ctl;
 	_Atomic uint8_t *ptes;
 	size_t ctl_bytes;
-	int ctl_fd;               /* -1: private memory */
-	_Atomic uint8_t *touched; /* one byte per UVM_PAGE of ptes: something was ever set there */
+	int ctl_fd; /* -1: private memory */
+	_Atomic uint8_t
+		*touched; /* one byte per UVM_PAGE of ptes: something was ever set there; NULL
+				   * where the memfd knows */
 
 	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
-	_Atomic uint64_t ra_marker; /* where a sequential reader faults next */
-	_Atomic uint64_t ra_end;    /* up to where reading ahead was asked for */
-	_Atomic uint32_t ra_block;  /* pages at a time */
+	_Atomic uint64_t ra_prev;  /* the last fault that was answered from the file */
+	_Atomic uint64_t ra_end;   /* behind what it brought, and what was asked for ahead of it */
+	_Atomic uint32_t ra_block; /* pages at a time */
 
 	/* The last failures, newest overwrites oldest; under failure_lock. */
 	pthread_mutex_t failure_lock;
-	struct uvm_failure failures[UVM_FAILURES];
+	struct uvm_failure *failures; /* UVM_FAILURES of them, elsewhere: rarely touched */
 	_Atomic uint64_t nr_failures;
 	struct uvm_failure sticky; /* region != 0: nobody could be told */
 };

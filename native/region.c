@@ -16,6 +16,7 @@ struct span {
 struct uvm_space uvm_space = {.mutex = PTHREAD_MUTEX_INITIALIZER, .pagemap_fd = -1};
 
 static struct uvm_region *slots;
+static struct uvm_failure *failures; /* UVM_FAILURES a slot */
 static struct span *spans;
 static _Atomic uint32_t nr_spans;
 static _Atomic uint32_t spans_seq; /* odd while the array changes */
@@ -42,6 +43,12 @@ static int table_init(void) /* space.mutex held */
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &p);
 	if (rc < 0)
 		return rc;
+	uint64_t f;
+	rc = sys_mmap(0, UVM_MAX_REGIONS * UVM_FAILURES * sizeof *failures, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &f);
+	if (rc < 0)
+		return rc;
+	failures = (void *)(uintptr_t)f;
 	for (int i = 0; i < UVM_PTL_SHARDS; i++)
 		pthread_mutex_init(&ptls[i], NULL);
 	slots = (void *)(uintptr_t)p;
@@ -235,9 +242,9 @@ static int ctl_map(struct uvm_region *r)
 	uint64_t p;
 	int rc, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, fd = -1;
 
-	r->ctl_bytes =
-		UVM_REGION_CTL_BYTES + ((r->nr_pages + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1));
-	r->touched = NULL;
+	uint64_t touched = r->nr_pages / UVM_PAGE + 1;
+	r->ctl_bytes = (UVM_REGION_CTL_BYTES + r->nr_pages + touched + UVM_PAGE - 1) &
+		       ~(size_t)(UVM_PAGE - 1);
 	if (r->service == UVM_SERVICE_PYTHON) { /* two processes read and write it */
 		fd = sys_memfd_create("uffd_vm-region");
 		if (fd < 0)
@@ -248,33 +255,23 @@ static int ctl_map(struct uvm_region *r)
 			return rc;
 		}
 		flags = MAP_SHARED;
-	} else {
-		/* mmap, not calloc: a 1 TiB region's summary is touched as it is needed. */
-		rc = sys_mmap(0, r->nr_pages / UVM_PAGE + 1, PROT_READ | PROT_WRITE, flags, -1, 0,
-			      &p);
-		if (rc < 0)
-			return rc;
-		r->touched = (void *)(uintptr_t)p;
 	}
 	rc = sys_mmap(0, r->ctl_bytes, PROT_READ | PROT_WRITE, flags, fd, 0, &p);
 	if (rc < 0) {
 		if (fd >= 0)
 			close(fd);
-		if (r->touched)
-			sys_munmap((uint64_t)(uintptr_t)r->touched, r->nr_pages / UVM_PAGE + 1);
 		return rc;
 	}
 	r->ctl_fd = fd;
 	r->ctl = (void *)(uintptr_t)p;
 	r->ptes = (void *)(uintptr_t)(p + UVM_REGION_CTL_BYTES);
+	r->touched = fd < 0 ? r->ptes + r->nr_pages : NULL;
 	return 0;
 }
 
 static void ctl_unmap(struct uvm_region *r)
 {
 	sys_munmap((uint64_t)(uintptr_t)r->ctl, r->ctl_bytes);
-	if (r->touched)
-		sys_munmap((uint64_t)(uintptr_t)r->touched, r->nr_pages / UVM_PAGE + 1);
 	if (r->ctl_fd >= 0)
 		close(r->ctl_fd);
 	r->ctl = NULL;
@@ -353,6 +350,7 @@ static struct uvm_region *slot_take(void)
 	if (nr_slots == UVM_MAX_REGIONS)
 		return NULL;
 	slots[nr_slots].slot = nr_slots;
+	slots[nr_slots].failures = &failures[nr_slots * UVM_FAILURES];
 	atomic_store(&slots[nr_slots].generation, 1);
 	pthread_mutex_init(&slots[nr_slots].failure_lock, NULL);
 	return &slots[nr_slots++];
@@ -428,13 +426,14 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	r->readahead_pages =
 		a->readahead_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->readahead_pages;
 	r->deadline_ns = a->deadline_ns;
-	atomic_store(&r->ra_marker, UVM_NO_INDEX);
+	atomic_store(&r->ra_prev, UVM_NO_INDEX);
 	atomic_store(&r->ra_end, 0);
 	atomic_store(&r->ra_block, r->fault_around_pages);
-	atomic_store(&r->nr_failures, 0);
-	memset(r->failures, 0, sizeof r->failures);
+	if (atomic_exchange(&r->nr_failures, 0))
+		memset(r->failures, 0, UVM_FAILURES * sizeof *r->failures);
 	memset(&r->sticky, 0, sizeof r->sticky);
 	r->cache = c;
+	r->shared = c ? c->shared : NULL;
 
 	rc = ctl_map(r);
 	if (rc < 0)
@@ -572,7 +571,6 @@ static int ctl_child_copy(struct uvm_region *r)
 		if (pte != UVM_PTE_NONE && pte != UVM_PTE_BUSY)
 			uvm_set_pte(r, i, pte);
 	}
-	old.touched = NULL;
 	ctl_unmap(&old);
 	return 0;
 }
@@ -717,7 +715,7 @@ int uvm_region_advise(int64_t handle, int advice)
 	bool known = advice >= UVM_ADVICE_NORMAL && advice <= UVM_ADVICE_RANDOM;
 	if (known) {
 		__atomic_store_n(&r->ctl->advice, (uint64_t)advice, __ATOMIC_RELAXED);
-		atomic_store(&r->ra_marker, UVM_NO_INDEX);
+		atomic_store(&r->ra_prev, UVM_NO_INDEX);
 	}
 	uvm_region_put(r);
 	return known ? 0 : -EINVAL;
@@ -901,7 +899,7 @@ int64_t uvm_region_resident(int64_t handle)
 		n = 0;
 		for (uint64_t i = uvm_cache_next_touched(r->cache, r->pgoff);
 		     i < r->pgoff + r->nr_pages; i++) {
-			if (i % 1024 == 0)
+			if (uvm_folio_begins_page(i))
 				i = uvm_cache_next_touched(r->cache, i);
 			if (i >= r->pgoff + r->nr_pages)
 				break;

@@ -96,21 +96,23 @@ struct uvm_trace_record {
 
 enum { UVM_TRACE_RECORDS = 1024, UVM_LATENCY_BUCKETS = 512, UVM_MAX_COUNTERS = 64 };
 
-/* What a region's executor publishes and the owner reads: counters, latency, trace. The page-table
- * bytes follow at offset UVM_REGION_CTL_BYTES. For service="python" this lies in a memfd that both
- * processes map; else it is private memory, of which a forked child has its own copy. */
+/* What a region's executor publishes and the owner reads: trace, counters, latency. The page-table
+ * bytes follow at offset UVM_REGION_CTL_BYTES, for a small region in the page of the counters: what a
+ * fault touches lies together, or the thousandth region would be slower than the first. For
+ * service="python" this lies in a memfd that both processes map; else it is private memory, of which a
+ * forked child has its own copy. */
 struct uvm_region_ctl {
+	struct uvm_trace_record trace[1024]; /* 14 whole pages */
 	uint64_t counters[64];
 	uint64_t
 		nr_present; /* pages with pte PRESENT, WRITE_PROTECTED, ZERO*: this address space */
 	uint64_t trace_head;   /* records written so far */
+	uint64_t advice;       /* enum uvm_advice: how far its executor reads ahead */
 	uint32_t latency[512]; /* log-linear, see uvm_latency_bucket() */
-	struct uvm_trace_record trace[1024];
-	uint64_t advice; /* enum uvm_advice: how far its executor reads ahead */
 };
-enum { UVM_REGION_CTL_BYTES = 98304 };
+enum { UVM_REGION_CTL_BYTES = 59968 };
 
-/* The shared state of a page cache, at the start of its control memfd; folio words follow at
+/* The shared state of a page cache, in its control memfd at UVM_CACHE_CTL_OFFSET; folio words follow at
  * UVM_CACHE_CTL_BYTES: one uint32_t a page, state | owner << 8 (owner: slot | epoch << 8). */
 struct uvm_cache_ctl {
 	uint64_t nr_pages;
@@ -125,7 +127,7 @@ struct uvm_cache_ctl {
 	int64_t wb_err;      /* errno of the last one */
 	uint64_t nr_writing; /* writes of the Python service under way: mtime is moving */
 };
-enum { UVM_CACHE_CTL_BYTES = 65536 };
+enum { UVM_CACHE_CTL_OFFSET = 4096, UVM_CACHE_CTL_BYTES = 4352 };
 
 /* ---- page caches ------------------------------------------------------------------------------ */
 /* Makes a cache over an open regular file of `size` bytes. Takes ownership of neither fd: it dups

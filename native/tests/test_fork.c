@@ -135,7 +135,7 @@ static void dead_filler_is_taken_over_from(int kind)
 		_exit(1);
 	}
 	CHECK_EQ(read(ready[0], &byte, 1), 1);
-	EVENTUALLY(uvm_folio_state(LOAD(uvm_cache_folios(r.cache)[NR - 1])) == UVM_FOLIO_FILLING);
+	EVENTUALLY(uvm_folio_state(LOAD(uvm_cache_folios(r.cache)[0])) == UVM_FOLIO_FILLING);
 	CHECK_EQ(kill(pid, SIGKILL), 0);
 	CHECK_EQ(waitpid(pid, NULL, 0), pid);
 	for (uint64_t p = 0; p < NR; p++)

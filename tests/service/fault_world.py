@@ -20,7 +20,7 @@ from uffd_vm.fault.fault import Backing, FaultFlag
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.service import trace
 from uffd_vm.service.fault_service.address_space import Region
-from uffd_vm.service.fault_service.filemap import CTL_BYTES, PageCache, Read
+from uffd_vm.service.fault_service.filemap import CTL_BYTES, CTL_OFFSET, PageCache, Read
 from uffd_vm.service.fault_service.mm import Mm
 from uffd_vm.stats import TraceRecord, decode_trace
 from uffd_vm.testing.fake_uffd import FakeUffd
@@ -83,7 +83,7 @@ class World:
         ctl = os.memfd_create("ctl", os.MFD_CLOEXEC)
         os.truncate(ctl, CTL_BYTES + 4 * nr_pages)
         head = struct.pack("<QQqQ", nr_pages, stat.st_size, stat.st_mtime_ns, cap_pages or nr_pages)
-        os.pwrite(ctl, head, 0)
+        os.pwrite(ctl, head, CTL_OFFSET)
         cache = PageCache(ctl, data, fd, self.mm.workers, self.mm.buffers)
         self._caches.append(cache)
         if hook is not None:
@@ -141,11 +141,10 @@ class World:
     def trace(self) -> list[TraceRecord]:
         memory = bytes(self.memory)
         (head,) = struct.unpack_from("<Q", memory, trace.TRACE_HEAD_OFFSET)
-        end = trace.TRACE_OFFSET + trace.RECORD.size * trace.NR_RECORDS
-        return decode_trace(memory[trace.TRACE_OFFSET : end], head, head)
+        return decode_trace(memory[: trace.RECORD.size * trace.NR_RECORDS], head, head)
 
     def counter(self, counter: Counter) -> int:
-        (value,) = struct.unpack_from("<Q", self.memory, 8 * counter)
+        (value,) = struct.unpack_from("<Q", self.memory, trace.COUNTERS_OFFSET + 8 * counter)
         return int(value)
 
     def close(self) -> None:

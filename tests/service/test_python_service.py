@@ -62,12 +62,15 @@ def test_layouts_are_the_compilers() -> None:
     assert ffi.offsetof(ctl, "trace_head") == trace.TRACE_HEAD_OFFSET
     assert ffi.offsetof(ctl, "nr_present") == trace.NR_PRESENT_OFFSET
     assert ffi.offsetof(ctl, "latency") == trace.LATENCY_OFFSET
-    assert ffi.offsetof(ctl, "trace") == trace.TRACE_OFFSET
+    assert ffi.offsetof(ctl, "trace") == 0
+    assert ffi.offsetof(ctl, "counters") == trace.COUNTERS_OFFSET
+    assert ffi.offsetof(ctl, "advice") == trace.ADVICE_OFFSET
     assert trace.NR_RECORDS == lib.UVM_TRACE_RECORDS
     assert trace.NR_BUCKETS == lib.UVM_LATENCY_BUCKETS
     assert trace.NR_COUNTERS == lib.UVM_MAX_COUNTERS
     assert trace.PTES_OFFSET == lib.UVM_REGION_CTL_BYTES
     assert filemap.CTL_BYTES == lib.UVM_CACHE_CTL_BYTES
+    assert filemap.CTL_OFFSET == lib.UVM_CACHE_CTL_OFFSET
     assert agent._REQUEST.size == ffi.sizeof("struct uvm_agent_request")
     assert agent._REPLY.size == ffi.sizeof("struct uvm_agent_reply")
     assert (agent._PROTECT_READ, agent._FAILED) == (

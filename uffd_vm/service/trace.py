@@ -19,12 +19,12 @@ NR_COUNTERS = 64
 NR_BUCKETS = 512
 NR_RECORDS = 1024
 RECORD = struct.Struct("<QQQIIIiIH10B")
-NR_PRESENT_OFFSET = 8 * NR_COUNTERS
+COUNTERS_OFFSET = RECORD.size * NR_RECORDS
+NR_PRESENT_OFFSET = COUNTERS_OFFSET + 8 * NR_COUNTERS
 TRACE_HEAD_OFFSET = NR_PRESENT_OFFSET + 8
-LATENCY_OFFSET = TRACE_HEAD_OFFSET + 8
-TRACE_OFFSET = LATENCY_OFFSET + 4 * NR_BUCKETS
-ADVICE_OFFSET = TRACE_OFFSET + RECORD.size * NR_RECORDS
-PTES_OFFSET = 98304  # UVM_REGION_CTL_BYTES
+ADVICE_OFFSET = TRACE_HEAD_OFFSET + 8
+LATENCY_OFFSET = ADVICE_OFFSET + 8
+PTES_OFFSET = 59968  # UVM_REGION_CTL_BYTES
 _BODY = struct.Struct("<QQIIIiIH10B")  # a record without its seq
 
 
@@ -44,12 +44,12 @@ class ControlBlock:
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
-        self.counters = memory[: 8 * NR_COUNTERS].cast("Q")
+        self._seq = memory[:COUNTERS_OFFSET].cast("Q")
+        self.counters = memory[COUNTERS_OFFSET:NR_PRESENT_OFFSET].cast("Q")
         self._nr_present = memory[NR_PRESENT_OFFSET:TRACE_HEAD_OFFSET].cast("Q")
-        self._head = memory[TRACE_HEAD_OFFSET:LATENCY_OFFSET].cast("Q")
-        self._latency = memory[LATENCY_OFFSET:TRACE_OFFSET].cast("I")
-        self._seq = memory[TRACE_OFFSET : TRACE_OFFSET + RECORD.size * NR_RECORDS].cast("Q")
-        self._advice = memory[ADVICE_OFFSET : ADVICE_OFFSET + 8].cast("Q")
+        self._head = memory[TRACE_HEAD_OFFSET:ADVICE_OFFSET].cast("Q")
+        self._advice = memory[ADVICE_OFFSET:LATENCY_OFFSET].cast("Q")
+        self._latency = memory[LATENCY_OFFSET : LATENCY_OFFSET + 4 * NR_BUCKETS].cast("I")
         self.ptes = memory[PTES_OFFSET:]
 
     @property
@@ -67,7 +67,7 @@ class ControlBlock:
         slot = head % NR_RECORDS
         word = slot * (RECORD.size // 8)
         self._seq[word] = 0
-        _BODY.pack_into(self._memory, TRACE_OFFSET + slot * RECORD.size + 8, *body)
+        _BODY.pack_into(self._memory, slot * RECORD.size + 8, *body)
         self._seq[word] = head + 1
         self._head[0] = head + 1
 

@@ -35,7 +35,7 @@ BUFFER_PAGES = 512  # largest run of one read: 2 MiB
 WRITEBACK_PAGES = 64
 _READ_RETRIES_S = (0.01, 0.02)
 _TRANSIENT = frozenset((errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS))
-CTL_BYTES = 65536  # UVM_CACHE_CTL_BYTES
+CTL_OFFSET, CTL_BYTES = 4096, 4352  # UVM_CACHE_CTL_OFFSET, UVM_CACHE_CTL_BYTES
 _CTL_WORDS = 11  # struct uvm_cache_ctl
 _NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK, _NR_ATTACHED = range(8)
 _WB_ERR_SEQ, _WB_ERR, _NR_WRITING = 8, 9, 10
@@ -205,7 +205,7 @@ class PageCache:
         self.buffers = buffers
         self._map = mmap.mmap(ctl_fd, os.fstat(ctl_fd).st_size)
         view = memoryview(self._map)
-        self._ctl = view[: 8 * _CTL_WORDS].cast("Q")
+        self._ctl = view[CTL_OFFSET : CTL_OFFSET + 8 * _CTL_WORDS].cast("Q")
         self.nr_pages = self._ctl[_NR_PAGES]
         self.size = self._ctl[_SIZE]
         self.folios = view[CTL_BYTES : CTL_BYTES + 4 * self.nr_pages].cast("I")
