@@ -649,6 +649,8 @@ int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 	return done;
 }
 
+enum { LOOK_AT_MOST = 1024 };
+
 /* Takes back at least nr_pages, oldest first. Returns what it got. */
 static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back)
 {
@@ -657,6 +659,8 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 	fifo_lock(c);
 	left = c->shared->fifo_tail - c->shared->fifo_head; /* each extent once */
 	pthread_mutex_unlock(&c->shared->fifo_lock);
+	if (!may_write_back && left > LOOK_AT_MOST) /* dirty ones may be all there is */
+		left = LOOK_AT_MOST;
 	while (got < nr_pages && left-- > 0 && fifo_pop(c, &e)) {
 		int64_t n = uvm_cache_evict(c, e.index, e.nr_pages);
 		unsigned kept = extent_kept(c, &e);
@@ -679,7 +683,7 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back)
 {
 	struct uvm_cache_ctl *ctl = &c->shared->ctl;
-	bool give_way = false;
+	bool give_way = false, write_back = may_write_back;
 	for (int tries = 0;; tries++) {
 		uint64_t used = __atomic_add_fetch(&ctl->nr_used, nr_pages, __ATOMIC_RELAXED);
 		if (used <= ctl->cap_pages || give_way) {
@@ -691,15 +695,18 @@ bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_bac
 			return true;
 		}
 		__atomic_fetch_sub(&ctl->nr_used, nr_pages, __ATOMIC_RELAXED);
+		/* What a forked child may write to stays dirty, however often it is written back. */
+		if (write_back && others_attached(c))
+			write_back = false;
 		/* A little more than asked, so that not every fault comes here. */
 		uint64_t want = used - ctl->cap_pages + ctl->cap_pages / 64;
-		if (reclaim(c, want, may_write_back))
+		if (reclaim(c, want, write_back))
 			continue;
 		if (!may_write_back)
 			return false;
 		/* Nothing to take: other threads are filling what is charged (wait for them), or all of it
 		 * is dirty and a forked child may write to it. */
-		give_way = tries >= CHARGE_TRIES || (tries > 2 && others_attached(c));
+		give_way = tries >= CHARGE_TRIES || (tries > 2 && !write_back);
 		usleep(500);
 	}
 }
