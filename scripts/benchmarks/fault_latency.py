@@ -155,7 +155,7 @@ def write_protect_rows(options: Options) -> list[Row]:
                 )
             except Exception as error:
                 region = error
-            floor = stack.enter_context(Floor(None, WRITE_BYTES, handler=handler, cpu=cpu))
+            floor = stack.enter_context(Floor((), WRITE_BYTES, handler=handler, cpu=cpu))
             results = interleave(
                 options,
                 {

@@ -3,7 +3,8 @@
  * and not with itself. One shared object, loaded by ctypes, so that library and floor are touched by
  * the same function, in the same process, in turn.
  *
- * A floor over a file:      shared memfd, registered MISSING; a fault is pread() + UFFDIO_COPY.
+ * A floor over files:       a shared memfd each, side by side, registered MISSING; a fault is pread() +
+ *                           UFFDIO_COPY.
  * A floor over write bits:  private memory, registered WP; a fault is UFFDIO_WRITEPROTECT(0).
  * Who resolves a fault:     a thread (sleeping, or spinning for a while first), the touching thread
  *                           in its SIGBUS handler, or nobody (memory filled by floor_fill).
@@ -40,8 +41,9 @@ struct floor {
 	size_t block;  /* bytes brought in by one fault */
 	char *buffer;  /* one block, resident, outside every registered range */
 	int uffd;
-	int file; /* -1: a write-protect floor */
-	int memfd;
+	size_t nr_parts; /* files and their memory; 0: a write-protect floor */
+	size_t part;     /* bytes of each */
+	int *files, *memfds;
 	enum handler handler;
 	uint64_t spin_ns;
 	pthread_t thread;
@@ -160,11 +162,13 @@ static void copy_in(struct floor *f, uint64_t address, size_t length)
 
 static void fill_block(struct floor *f, uint64_t offset)
 {
-	size_t length = f->nbytes - offset < f->block ? f->nbytes - offset : f->block;
+	int file = f->files[offset / f->part];
+	uint64_t at = offset % f->part;
+	size_t length = f->part - at < f->block ? f->part - at : f->block;
 	size_t done = 0;
 
 	while (done < length) {
-		ssize_t n = pread(f->file, f->buffer + done, length - done, (off_t)(offset + done));
+		ssize_t n = pread(file, f->buffer + done, length - done, (off_t)(at + done));
 
 		if (n <= 0)
 			die("pread");
@@ -188,7 +192,7 @@ static void resolve(struct floor *f, uint64_t address)
 
 	/* Before the page is there: once it is, the toucher may go on and ask for the count. */
 	atomic_fetch_add_explicit(&f->faults, 1, memory_order_relaxed);
-	if (f->file >= 0)
+	if (f->nr_parts)
 		fill_block(f, offset & ~((uint64_t)f->block - 1));
 	else
 		protect(f, address & ~(PAGE - 1), PAGE, 0);
@@ -230,7 +234,7 @@ static void *serve(void *arg)
 		if (message.event != UFFD_EVENT_PAGEFAULT)
 			continue;
 		if (message.arg.pagefault.address >= stop) {
-			if (f->file >= 0) {
+			if (f->nr_parts) {
 				struct uffdio_zeropage zero = {{stop, PAGE}, 0, 0};
 
 				if (ioctl(f->uffd, UFFDIO_ZEROPAGE, &zero) < 0)
@@ -306,7 +310,7 @@ static int open_uffd(const struct floor *f)
 
 	if (uffd < 0)
 		return -1;
-	api.features = f->file >= 0 ? UFFD_FEATURE_MISSING_SHMEM : UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+	api.features = f->nr_parts ? UFFD_FEATURE_MISSING_SHMEM : UFFD_FEATURE_PAGEFAULT_FLAG_WP;
 	if (f->handler == HANDLER_SIGBUS)
 		api.features |= UFFD_FEATURE_SIGBUS;
 	if (ioctl(uffd, UFFDIO_API, &api) < 0) {
@@ -320,7 +324,7 @@ static int map_memory(struct floor *f)
 {
 	size_t mapped = f->nbytes + PAGE;
 
-	if (f->file < 0) {
+	if (!f->nr_parts) {
 		f->base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			       -1, 0);
 		if (f->base == MAP_FAILED || madvise(f->base, mapped, MADV_NOHUGEPAGE) < 0)
@@ -328,12 +332,20 @@ static int map_memory(struct floor *f)
 		memset(f->base, 1, mapped);
 		return 0;
 	}
-	f->memfd = memfd_create("benchmark floor", MFD_CLOEXEC);
-	if (f->memfd < 0 || ftruncate(f->memfd, (off_t)mapped) < 0)
+	f->base = mmap(NULL, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (f->base == MAP_FAILED)
 		return -1;
-	f->base =
-		mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, f->memfd, 0);
-	return f->base == MAP_FAILED ? -1 : 0;
+	for (size_t i = 0; i < f->nr_parts; i++) {
+		size_t bytes = i + 1 < f->nr_parts ? f->part : f->part + PAGE;
+
+		f->memfds[i] = memfd_create("benchmark floor", MFD_CLOEXEC);
+		if (f->memfds[i] < 0 || ftruncate(f->memfds[i], (off_t)bytes) < 0)
+			return -1;
+		if (mmap(f->base + i * f->part, bytes, PROT_READ | PROT_WRITE,
+			 MAP_SHARED | MAP_FIXED | MAP_NORESERVE, f->memfds[i], 0) == MAP_FAILED)
+			return -1;
+	}
+	return 0;
 }
 
 void floor_close(struct floor *f)
@@ -346,25 +358,46 @@ void floor_close(struct floor *f)
 		munmap(f->base, f->nbytes + PAGE);
 	if (f->uffd >= 0)
 		close(f->uffd);
-	if (f->memfd >= 0)
-		close(f->memfd);
-	if (f->file >= 0)
-		close(f->file);
+	for (size_t i = 0; i < f->nr_parts; i++) {
+		if (f->memfds && f->memfds[i] >= 0)
+			close(f->memfds[i]);
+		if (f->files && f->files[i] >= 0)
+			close(f->files[i]);
+	}
+	free(f->memfds);
+	free(f->files);
 	free(f->buffer);
 	free(f);
 }
 
-/* path NULL: a write-protect floor. block: a power of two. Returns NULL and sets errno. */
-struct floor *floor_open(const char *path, size_t nbytes, size_t block, int handler,
-			 unsigned int spin_us)
+static int open_files(struct floor *f, const char *const *paths)
+{
+	f->files = malloc(f->nr_parts * sizeof(*f->files));
+	f->memfds = malloc(f->nr_parts * sizeof(*f->memfds));
+	if (!f->files || !f->memfds)
+		return -1;
+	for (size_t i = 0; i < f->nr_parts; i++)
+		f->files[i] = f->memfds[i] = -1;
+	for (size_t i = 0; i < f->nr_parts; i++)
+		if ((f->files[i] = open(paths[i], O_RDONLY | O_CLOEXEC)) < 0)
+			return -1;
+	return 0;
+}
+
+/* nbytes of each of nr_paths files; none: a write-protect floor of nbytes. block: a power of two.
+ * Returns NULL and sets errno. */
+struct floor *floor_open(const char *const *paths, size_t nr_paths, size_t nbytes, size_t block,
+			 int handler, unsigned int spin_us)
 {
 	struct floor *f = calloc(1, sizeof(*f));
 	int error;
 
 	if (!f)
 		return NULL;
-	f->uffd = f->memfd = f->file = -1;
-	f->nbytes = nbytes;
+	f->uffd = -1;
+	f->nr_parts = nr_paths;
+	f->part = nbytes;
+	f->nbytes = nr_paths ? nr_paths * nbytes : nbytes;
 	f->block = block;
 	f->handler = (enum handler)handler;
 	f->spin_ns = spin_us * 1000ULL;
@@ -375,19 +408,19 @@ struct floor *floor_open(const char *path, size_t nbytes, size_t block, int hand
 	}
 	memset(f->buffer, 1, block);
 	error = -1;
-	if (path && (f->file = open(path, O_RDONLY | O_CLOEXEC)) < 0)
+	if (nr_paths && open_files(f, paths) < 0)
 		goto failed;
 	if (map_memory(f) < 0 || (f->uffd = open_uffd(f)) < 0)
 		goto failed;
 
 	struct uffdio_register reg = {
-		.range = {(uintptr_t)f->base, nbytes + PAGE},
-		.mode = path ? UFFDIO_REGISTER_MODE_MISSING : UFFDIO_REGISTER_MODE_WP,
+		.range = {(uintptr_t)f->base, f->nbytes + PAGE},
+		.mode = nr_paths ? UFFDIO_REGISTER_MODE_MISSING : UFFDIO_REGISTER_MODE_WP,
 	};
 
 	if (ioctl(f->uffd, UFFDIO_REGISTER, &reg) < 0)
 		goto failed;
-	if (!path)
+	if (!nr_paths)
 		protect(f, (uintptr_t)f->base, nbytes + PAGE, UFFDIO_WRITEPROTECT_MODE_WP);
 	if (f->handler == HANDLER_THREAD) {
 		error = pthread_create(&f->thread, NULL, serve, f);
@@ -419,10 +452,12 @@ uint64_t floor_faults(struct floor *f)
 /* Back to where every touch faults. */
 int floor_reset(struct floor *f)
 {
-	if (f->file >= 0)
-		return fallocate(f->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
-				 (off_t)f->nbytes);
-	protect(f, (uintptr_t)f->base, f->nbytes, UFFDIO_WRITEPROTECT_MODE_WP);
+	for (size_t i = 0; i < f->nr_parts; i++)
+		if (fallocate(f->memfds[i], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+			      (off_t)f->part) < 0)
+			return -1;
+	if (!f->nr_parts)
+		protect(f, (uintptr_t)f->base, f->nbytes, UFFDIO_WRITEPROTECT_MODE_WP);
 	return 0;
 }
 

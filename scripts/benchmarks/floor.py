@@ -68,7 +68,10 @@ def library() -> ctypes.CDLL:
         "bench_scan": (u64, [pointer, size, size, ctypes.POINTER(u64)]),
         "bench_warm": (number, [size]),
         "bench_present": (ctypes.c_long, [pointer, pointer, size]),
-        "floor_open": (pointer, [ctypes.c_char_p, size, size, number, ctypes.c_uint]),
+        "floor_open": (
+            pointer,
+            [ctypes.POINTER(ctypes.c_char_p), size, size, size, number, ctypes.c_uint],
+        ),
         "floor_base": (pointer, [pointer]),
         "floor_faults": (u64, [pointer]),
         "floor_pin": (number, [pointer, number]),
@@ -126,11 +129,11 @@ def warm(nbytes: int) -> None:
 
 
 class Floor:
-    """One C floor. `path=None` is the write-protect floor: `nbytes` of present, protected pages."""
+    """One C floor, `nbytes` of each file. No file is the write-protect floor: present, protected pages."""
 
     def __init__(
         self,
-        path: Path | None,
+        paths: Path | Sequence[Path],
         nbytes: int,
         *,
         handler: Handler,
@@ -138,12 +141,14 @@ class Floor:
         spin_us: int = 0,
         cpu: int | None = None,
     ) -> None:
-        name = None if path is None else os.fsencode(path)
-        self._handle: int | None = library().floor_open(name, nbytes, block, int(handler), spin_us)
+        names = [os.fsencode(path) for path in ([paths] if isinstance(paths, Path) else paths)]
+        self._handle: int | None = library().floor_open(
+            (ctypes.c_char_p * len(names))(*names), len(names), nbytes, block, int(handler), spin_us
+        )
         if not self._handle:
             number = ctypes.get_errno()
             raise CannotMeasure(f"C floor: {os.strerror(number)}{CURES.get(number, '')}")
-        self.nbytes = nbytes
+        self.nbytes = nbytes * max(1, len(names))
         self.address = int(library().floor_base(self._handle))
         if cpu is not None:
             _check(library().floor_pin(self._handle, cpu))

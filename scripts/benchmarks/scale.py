@@ -72,6 +72,11 @@ def latency_rows(options: Options) -> list[Row]:
             "many": _many_open(options, many),
             "windows": _huge_open(mapped(huge), in_windows),
             "scattered": _huge_open(mapped(huge), everywhere),
+            "C many": _once_open(
+                options,
+                lambda: Floor(many, SMALL, handler=Handler.THREAD, cpu=TOUCHER),
+                pages=REGIONS * SMALL // PAGE,
+            ),
             "C one": _once_open(options, floor(one, options.file_bytes)),
             "C windows": _huge_open(floor(huge, HUGE), in_windows),
             "C scattered": _huge_open(floor(huge, HUGE), everywhere),
@@ -80,7 +85,7 @@ def latency_rows(options: Options) -> list[Row]:
     base = results["C one"].median
     own = {
         name: f"{(results[name].median or 0) / base:.2f}x" if base else "not measured"
-        for name in ("C windows", "C scattered")
+        for name in ("C many", "C windows", "C scattered")
     }
     floor_note = f"floor: the library with one {options.mib} MiB region"
     return [
@@ -90,7 +95,7 @@ def latency_rows(options: Options) -> list[Row]:
             results["many"],
             results["one"],
             Bound(1.1),
-            floor_note,
+            f"{floor_note}; the plain C handler's own ratio is {own['C many']}",
         ),
         make_row(
             "1 TiB sparse region, as many page tables",
@@ -111,19 +116,23 @@ def latency_rows(options: Options) -> list[Row]:
             f"the plain C handler's own ratio is {own['C scattered']}",
         ),
         make_row("C handler, one region", "us", results["C one"]),
+        make_row(f"C handler, {REGIONS} files of 1 MiB", "us", results["C many"]),
         make_row("C handler, 1 TiB, as many page tables", "us", results["C windows"]),
         make_row("C handler, 1 TiB, anywhere", "us", results["C scattered"]),
     ]
 
 
 def _once_open(
-    options: Options, make: Callable[[], AbstractContextManager[Region | Floor]]
+    options: Options,
+    make: Callable[[], AbstractContextManager[Region | Floor]],
+    *,
+    pages: int = 0,
 ) -> Runner:
     """A round with nothing else mapped; an untimed pass first makes the page tables."""
 
     def run(number: int) -> Round:
         with make() as subject:
-            touches = random_touches(options, subject, cpu=TOUCHER)
+            touches = random_touches(options, subject, cpu=TOUCHER, pages=pages)
             touches(number)
             return touches(number)
 
