@@ -673,6 +673,10 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 		if (kept) /* another thread may have taken the place of what we popped */
 			uvm_cache_note_extent(c, e.index, e.nr_pages);
 		got += n > 0 ? (uint64_t)n : 0;
+		/* Not past it, to younger clean pages: an instruction that needs two pages would have one
+		 * of them taken for the other, and the other for the one, for ever. */
+		if (kept & KEPT_DIRTY && !may_write_back)
+			break;
 	}
 	return got;
 }

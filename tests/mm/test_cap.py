@@ -3,15 +3,19 @@ by our own count and by the memfd's blocks."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 import uffd_vm as uv
-from tests.support import in_thread
+from tests.support import in_thread, run_in_child
 from uffd_vm.kernel._lib import lib
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.invariants import check_all
+from uffd_vm.testing.strategies import pattern
 
 pytestmark = pytest.mark.usefixtures("uffd")
 
@@ -85,3 +89,37 @@ def test_threads_in_many_places_stay_under_the_cap_too(make_file, service):
         assert all(worker() for worker in workers)
         watched.check()
         check_all(region)
+
+
+def in_child_read_across_a_border(service: str) -> bytes:
+    """All but one page of the cap are dirty, and one instruction needs two more."""
+    cap_pages = 32
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(pattern(100 * PAGE_SIZE))
+        with uv.map(
+            path,
+            "r+",
+            service=service,
+            cap=cap_pages * PAGE_SIZE,
+            fault_around_bytes=PAGE_SIZE,
+            readahead_bytes=0,
+        ) as region:
+            address = region.address
+            for page in range(cap_pages - 1):
+                ctypes.memset(address + page * PAGE_SIZE, page, 1)
+            word = ctypes.create_string_buffer(8)
+            got = b""
+            for page in (50, 60, 70):
+                ctypes.memmove(word, address + page * PAGE_SIZE - 4, 8)
+                got += word.raw
+            assert lib.uvm_cache_ctl(region._ops.cache.id).nr_peak <= cap_pages
+        return got
+
+
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
+def test_an_instruction_that_needs_two_pages_gets_both(service):
+    """The page that came for its first half must not be what makes room for the second."""
+    data = pattern(100 * PAGE_SIZE)
+    want = b"".join(data[p * PAGE_SIZE - 4 :][:8] for p in (50, 60, 70))
+    assert run_in_child(in_child_read_across_a_border, service, timeout=15).value == want

@@ -305,8 +305,7 @@ def test_the_cap_holds(make_file):
         residency = region.residency()
         assert residency.cache_cap_bytes == 256 * PAGE_SIZE
         assert residency.cache_bytes <= 256 * PAGE_SIZE
-        # Over it by what is being filled while nothing clean is left: a window or two.
-        assert lib.uvm_cache_ctl(region._ops.cache.id).nr_peak <= 256 + 2 * 256
+        assert lib.uvm_cache_ctl(region._ops.cache.id).nr_peak <= 256 * 1.01
         assert bytes(region.buffer) == path.read_bytes()
         check_all(region)
 

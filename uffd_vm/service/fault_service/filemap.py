@@ -419,7 +419,9 @@ class PageCache:
         return self.room_for(nr_pages)
 
     def shrink(self, nr_pages: int) -> int:
-        """Gives back clean folios, the oldest first, until nr_pages more fit. Returns how many."""
+        """Gives back clean folios, the oldest first, until nr_pages more fit or a dirty one is older: an
+        instruction that needs two pages would have one of them taken for the other, and the other for
+        the one, for ever. Returns how many."""
         freed = 0
         for _ in range(len(self._extents)):
             if self.room_for(nr_pages):
@@ -429,6 +431,8 @@ class PageCache:
             if take < n:
                 self._extents.appendleft((index + take, n - take))
             freed += self.evict_clean(index, take, requeue=True)
+            if any(self.state(folio) in _NOT_HOME for folio in range(index, index + take)):
+                break
         return freed
 
     def evict_clean(self, index: int, nr_pages: int, requeue: bool = False) -> int:
