@@ -42,8 +42,6 @@ from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.invariants import check_all
 from uffd_vm.testing.strategies import pattern
 
-pytestmark = pytest.mark.slow
-
 NR_PAGES = 256
 NR_TOUCHERS = 3
 CHILDS_WORD = 8  # word of a page that forked children store into
