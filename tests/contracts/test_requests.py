@@ -109,8 +109,6 @@ def test_ensure(path: Path, tmp_path: Path, service: str, mode: str) -> None:
             with pytest.raises(uv.InvalidArgument, match="mapped 'r'"):
                 region.ensure(access="write")
             return
-        if (service, mode) == ("inline", "r+"):
-            return  # XXX EFAULT: nobody serves a write-protect fault inside a system call
         region.ensure((30 * PAGE_SIZE, 33 * PAGE_SIZE), access="write")
         before = region.stats().get("pgfault", 0)
         source = tmp_path / "source"
