@@ -67,6 +67,14 @@ static bool slot_alive(struct uvm_cache_slot *s)
 	return pid && process_lives(pid, atomic_load(&s->start_time));
 }
 
+/* Those behind it are neither read nor backed by memory. */
+static void raise_nr_slots(struct uvm_cache *c, uint32_t to)
+{
+	uint32_t now = atomic_load(&c->shared->nr_slots);
+	while (now < to && !atomic_compare_exchange_weak(&c->shared->nr_slots, &now, to))
+		;
+}
+
 /* Takes a slot for this process: a free one or a dead one's; the epoch tells its folios from ours. */
 static int slot_attach(struct uvm_cache *c)
 {
@@ -77,6 +85,7 @@ static int slot_attach(struct uvm_cache *c)
 			int32_t pid = atomic_load(&s->pid);
 			if (pid && (pass == 0 || slot_alive(s)))
 				continue;
+			raise_nr_slots(c, i + 1);
 			if (!atomic_compare_exchange_strong(&s->pid, &pid, -me))
 				continue;
 			if (!pid)
@@ -87,7 +96,7 @@ static int slot_attach(struct uvm_cache *c)
 			(void)process_stat(me, &start_time);
 			atomic_store(&s->start_time, start_time);
 			atomic_store(&s->pid, me); /* last: now the slot can be judged */
-			c->owner = i | (epoch & 0xffff) << 8;
+			c->owner = i | epoch % UVM_CACHE_EPOCHS << UVM_CACHE_SLOT_BITS;
 			return 0;
 		}
 	}
@@ -96,7 +105,7 @@ static int slot_attach(struct uvm_cache *c)
 
 static void slot_detach(struct uvm_cache *c)
 {
-	struct uvm_cache_slot *s = &c->shared->slots[c->owner & 0xff];
+	struct uvm_cache_slot *s = &c->shared->slots[uvm_owner_slot(c->owner)];
 	int32_t me = (int32_t)getpid();
 	if (atomic_compare_exchange_strong(&s->pid, &me, 0))
 		__atomic_fetch_sub(&c->shared->ctl.nr_attached, 1, __ATOMIC_ACQ_REL);
@@ -105,10 +114,12 @@ static void slot_detach(struct uvm_cache *c)
 /* Other living processes that map this cache: their page tables are out of our reach. */
 static bool others_attached(struct uvm_cache *c)
 {
-	for (uint32_t i = 0; i < UVM_CACHE_SLOTS; i++) {
+	if (c->child_rc < 0) /* the slot that we know is our parent's */
+		return true;
+	for (uint32_t i = 0; i < atomic_load(&c->shared->nr_slots); i++) {
 		struct uvm_cache_slot *s = &c->shared->slots[i];
 		int32_t pid = atomic_load(&s->pid);
-		if (!pid || i == (c->owner & 0xff))
+		if (!pid || i == uvm_owner_slot(c->owner))
 			continue;
 		if (slot_alive(s))
 			return true;
@@ -132,8 +143,9 @@ bool uvm_cache_take_over_dead(struct uvm_cache *c, uint64_t index)
 	if (state != UVM_FOLIO_FILLING && state != UVM_FOLIO_EVICTING &&
 	    state != UVM_FOLIO_WRITEBACK)
 		return true;
-	struct uvm_cache_slot *s = &c->shared->slots[word >> 8 & 0xff];
-	if ((atomic_load(&s->epoch) & 0xffff) == word >> 16 && slot_alive(s))
+	struct uvm_cache_slot *s = &c->shared->slots[uvm_owner_slot(word >> 8)];
+	if (atomic_load(&s->epoch) % UVM_CACHE_EPOCHS == uvm_owner_epoch(word >> 8) &&
+	    slot_alive(s))
 		return false;
 	if (state == UVM_FOLIO_WRITEBACK)
 		to = UVM_FOLIO_DIRTY;
@@ -227,6 +239,7 @@ static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t m
 		return -errno;
 	c->nr_pages = (size + UVM_PAGE - 1) >> UVM_PAGE_SHIFT;
 	c->writable = writable;
+	c->child_rc = 0;
 	memset(c->alias, 0, sizeof c->alias);
 	c->seen_wb_err = 0;
 	c->data_fd = rc = sys_memfd_create("uffd_vm-cache");
@@ -392,7 +405,7 @@ void uvm_caches_child_end(void)
 }
 
 /* In a forked child: the parent's slot is the parent's; the aliases were not inherited. */
-int uvm_cache_child_attach(struct uvm_cache *c)
+void uvm_cache_child_attach(struct uvm_cache *c)
 {
 	int rc = slot_attach(c);
 	for (int s = 0; rc == 0 && s < 3; s++) {
@@ -402,7 +415,7 @@ int uvm_cache_child_attach(struct uvm_cache *c)
 		if (uvm_service_uffd(s) >= 0)
 			rc = alias_map(c, s);
 	}
-	return rc;
+	c->child_rc = rc;
 }
 
 uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)

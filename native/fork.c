@@ -9,6 +9,8 @@
  * ones are MADV_DOFORK just while an ordinary fork() copies them: nothing else could. */
 #include "internal.h"
 
+#include <stdio.h>
+
 /* First of all: whatever else the child maps (tables, aliases, stacks) may land in the gap of a region. */
 static void child_map(struct uvm_region *r, void *arg)
 {
@@ -17,25 +19,55 @@ static void child_map(struct uvm_region *r, void *arg)
 		uvm_region_child_map(r);
 }
 
+static const char *reason(int err)
+{
+	switch (err) {
+	case EUSERS:
+		return "4096 living processes share its file's cache; fork fewer, or map it in "
+		       "each";
+	case EMFILE:
+	case ENFILE:
+		return "too many open files; raise `ulimit -n`";
+	case ENOMEM:
+		return "no memory, or vm.max_map_count is reached";
+	case EAGAIN:
+		return "no thread could be started; raise `ulimit -u`";
+	default:
+		return "a kernel call failed";
+	}
+}
+
+/* No malloc(), no stdio streams: another thread of the parent may have held their locks. */
+static void say_inaccessible(const struct uvm_region *r, int rc)
+{
+	char text[320];
+	int n = snprintf(text, sizeof text,
+			 "uffd_vm: the region at 0x%llx (%llu bytes) could not be served in the "
+			 "forked child %d and was made inaccessible there: %s (errno %d)\n",
+			 (unsigned long long)r->start, (unsigned long long)r->len, (int)getpid(),
+			 reason(-rc), -rc);
+	(void)!write(STDERR_FILENO, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1);
+}
+_Static_assert(UVM_CACHE_SLOTS == 4096, "the text of EUSERS, and docs/guide.md");
+
 static void child_region(struct uvm_region *r, void *arg)
 {
 	int rc = *(int *)arg;
 	if (atomic_load(&r->state) != UVM_REGION_LIVE)
 		return; /* perhaps unmapped already: the range may be somebody else's */
+	if (rc == 0 && r->cache)
+		rc = r->cache->child_rc;
 	if (rc == 0)
 		rc = uvm_region_child(r);
 	if (rc < 0) {
-		static const char text[] =
-			"uffd_vm: a region could not be served in a forked child "
-			"and was made inaccessible there\n";
-		(void)!write(STDERR_FILENO, text, sizeof text - 1);
+		say_inaccessible(r, rc);
 		if (r->child_rc == 0) /* else there is nothing of ours at its address */
 			(void)mprotect((void *)(uintptr_t)r->start, r->len, PROT_NONE);
 	}
 }
 
 static struct uvm_cache *seen[UVM_MAX_CACHES];
-static int nr_seen, attach_rc;
+static int nr_seen;
 
 static void child_cache(struct uvm_region *r, void *arg)
 {
@@ -47,9 +79,7 @@ static void child_cache(struct uvm_region *r, void *arg)
 		if (seen[i] == r->cache)
 			return;
 	seen[nr_seen++] = r->cache;
-	int rc = uvm_cache_child_attach(r->cache);
-	if (rc < 0 && attach_rc == 0)
-		attach_rc = rc;
+	uvm_cache_child_attach(r->cache);
 }
 
 static void count_closing(struct uvm_region *r, void *arg)
@@ -113,12 +143,10 @@ static void in_child(void)
 	uvm_ptl_unlock_all();
 	if (uvm_space.nr_regions) {
 		rc = uvm_service_child_uffds();
-		nr_seen = attach_rc = 0;
+		nr_seen = 0;
 		uvm_caches_child_begin();
 		uvm_for_each_region_locked(child_cache, NULL);
 		uvm_caches_child_end();
-		if (rc == 0)
-			rc = attach_rc;
 		uvm_for_each_region_locked(child_region, &rc);
 		if (uvm_service_child_threads() < 0) {
 			rc = -EAGAIN;

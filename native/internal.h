@@ -19,7 +19,10 @@ enum {
 	UVM_PMD_PAGES = 512,
 	UVM_MAX_REGIONS = 65536,
 	UVM_MAX_CACHES = 65536,
-	UVM_CACHE_SLOTS = 256, /* processes that may fill one cache at a time */
+	UVM_CACHE_SLOT_BITS = 12, /* of the owner in a folio word; 12 bits more are its epoch */
+	UVM_CACHE_SLOTS = 1
+		<< UVM_CACHE_SLOT_BITS, /* processes that may fill one cache at a time */
+	UVM_CACHE_EPOCHS = 1 << 12,
 	UVM_MAX_PARKED = 4096,
 	UVM_MAX_JOBS = 1024,
 	UVM_MAX_WORKERS = 32,
@@ -76,8 +79,9 @@ struct uvm_cache_shared {
 	struct uvm_cache_ctl ctl;
 	pthread_mutex_t fifo_lock;                /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
-	pthread_mutex_t wb_lock; /* as fifo_lock: one write-back of this cache at a time */
-	int wb_writing;          /* under wb_lock: the file is being written, mtime is moving */
+	pthread_mutex_t wb_lock;   /* as fifo_lock: one write-back of this cache at a time */
+	int wb_writing;            /* under wb_lock: the file is being written, mtime is moving */
+	_Atomic uint32_t nr_slots; /* high-water mark: those behind it were never taken */
 };
 _Static_assert(offsetof(struct uvm_cache_shared, ctl) == UVM_CACHE_CTL_OFFSET, "cache header");
 _Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache header");
@@ -98,7 +102,8 @@ struct uvm_cache {
 	 * private mappings, where UFFDIO_COPY would make anonymous pages instead. */
 	uint64_t alias[3];
 	uint64_t alias_epoch[3]; /* of the uffd it is registered with */
-	uint32_t owner;          /* slot | epoch << 8 of this process */
+	uint32_t owner;          /* slot | epoch << UVM_CACHE_SLOT_BITS of this process */
+	int child_rc;            /* in a forked child: how attaching to it ended */
 	_Atomic uint64_t seen_wb_err;
 	_Atomic int reclaiming;
 };
@@ -106,6 +111,14 @@ struct uvm_cache {
 static inline unsigned uvm_folio_state(uint32_t word)
 {
 	return word & 0xff;
+}
+static inline uint32_t uvm_owner_slot(uint32_t owner)
+{
+	return owner % UVM_CACHE_SLOTS;
+}
+static inline uint32_t uvm_owner_epoch(uint32_t owner)
+{
+	return owner >> UVM_CACHE_SLOT_BITS;
 }
 static inline bool uvm_folio_move(struct uvm_cache *c, uint64_t index, unsigned from, unsigned to)
 {
@@ -141,7 +154,7 @@ static inline bool uvm_folio_begins_page(uint64_t index)
 {
 	return (UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t)) % UVM_PAGE == 0;
 }
-int uvm_cache_child_attach(struct uvm_cache *c);
+void uvm_cache_child_attach(struct uvm_cache *c);
 void uvm_caches_child_begin(void);
 void uvm_caches_child_end(void);
 

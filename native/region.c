@@ -400,6 +400,8 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 		c = uvm_cache_get(a->cache);
 		if (!c || a->pgoff + (a->len >> UVM_PAGE_SHIFT) > c->nr_pages)
 			return -EINVAL;
+		if (c->child_rc < 0) /* a forked child that has no slot in it */
+			return c->child_rc;
 	}
 	rc = wait_no_overlap(a->start, a->len);
 	if (rc < 0)

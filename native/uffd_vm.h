@@ -113,7 +113,7 @@ struct uvm_region_ctl {
 enum { UVM_REGION_CTL_BYTES = 59968 };
 
 /* The shared state of a page cache, in its control memfd at UVM_CACHE_CTL_OFFSET; folio words follow at
- * UVM_CACHE_CTL_BYTES: one uint32_t a page, state | owner << 8 (owner: slot | epoch << 8). */
+ * UVM_CACHE_CTL_BYTES: one uint32_t a page, state | owner << 8 (owner: slot | epoch << 12). */
 struct uvm_cache_ctl {
 	uint64_t nr_pages;
 	uint64_t size;    /* bytes of the file when it was mapped */
@@ -127,7 +127,7 @@ struct uvm_cache_ctl {
 	int64_t wb_err;      /* errno of the last one */
 	uint64_t nr_writing; /* writes of the Python service under way: mtime is moving */
 };
-enum { UVM_CACHE_CTL_OFFSET = 4096, UVM_CACHE_CTL_BYTES = 4352 };
+enum { UVM_CACHE_CTL_OFFSET = 65536, UVM_CACHE_CTL_BYTES = 65792 };
 
 /* ---- page caches ------------------------------------------------------------------------------ */
 /* Makes a cache over an open regular file of `size` bytes. Takes ownership of neither fd: it dups

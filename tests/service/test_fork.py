@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import multiprocessing
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -487,6 +489,70 @@ def in_child_dead_writer() -> None:
 
 def test_a_writer_that_was_killed_leaves_the_file_ours() -> None:
     run_in_child(in_child_dead_writer)
+
+
+def in_child_crowd(nr_children: int) -> bytes:
+    """All of them live at a time, and fill one cache."""
+    with mapped("r", fault_around_bytes=PAGE_SIZE) as (region, _path):
+        (start, go), (reader, writer) = os.pipe(), os.pipe()
+        pids = []
+        for i in range(nr_children):
+            pid = os.fork()
+            if pid == 0:
+                os.close(go)
+                page = i % NR_PAGES
+                with region.buffer as buffer:
+                    right = buffer[page * PAGE_SIZE] == DATA[page * PAGE_SIZE]
+                os.write(writer, b"." if right else b"x")
+                os.read(start, 1)
+                os._exit(0)
+            pids.append(pid)
+        os.close(writer)
+        answers = b""
+        while len(answers) < nr_children and (chunk := os.read(reader, 4096)):
+            answers += chunk
+        os.close(go)
+        for pid in pids:
+            assert os.waitpid(pid, 0)[1] == 0
+        check_all(region)
+        return answers
+
+
+def test_more_children_than_fit_in_a_byte_share_a_cache() -> None:
+    result = run_in_child(in_child_crowd, 280, timeout=90)
+    assert result.value == b"." * 280, result.stderr
+
+
+def in_child_no_slot_left() -> tuple[int, str]:
+    """All places of the cache are taken by living processes: here, by this one again and again."""
+    nr_slots, slot = 4096, struct.pack("<iIQ", os.getpid(), 1, 0)
+    with mapped("r") as (region, path), mapped("anonymous tracked") as (other, _other):
+        cache = region._ops.cache
+        with mmap.mmap(lib.uvm_cache_ctl_fd(cache.id), nr_slots * len(slot)) as slots:
+            slots[:] = slot * nr_slots
+
+        def child() -> bytes:
+            assert content_is_right(other, "anonymous tracked") == b"right", "not of that cache"
+            with pytest.raises(uv.UffdError) as refused:
+                uv.map(path, service="native")
+            os.write(2, b"refused: %d\n" % (refused.value.errno or 0))
+            return content_is_right(region, "r")
+
+        status, answer = fork_and_ask(child)
+        assert answer == b""
+        assert content_is_right(region, "r") == b"right", "the parent goes on"
+        return status, hex(region.address)
+
+
+def test_a_child_too_many_says_why_and_never_reads_zeros() -> None:
+    result = run_in_child(in_child_no_slot_left)
+    status, address = result.value
+    assert status == -signal.SIGSEGV
+    said = next(line for line in result.stderr.splitlines() if "made inaccessible" in line)
+    assert f"region at {address} " in said
+    assert "4096 living processes share its file's cache" in said
+    assert f"(errno {errno.EUSERS})" in said
+    assert f"refused: {errno.EUSERS}" in result.stderr
 
 
 # --- the end of a child -----------------------------------------------------------------------------
