@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import resource
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import uffd_vm as uv
-from tests.support import wait_until
+from tests.support import run_in_child, wait_until
 from uffd_vm.kernel._lib import lib
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.invariants import check_all
@@ -48,6 +49,50 @@ def test_what_lies_behind_the_end_of_the_file_is_zero_and_out_of_reach(make_file
         with pytest.raises(IndexError):
             a[PAGE_SIZE + 1]
         del a
+
+
+def in_child_no_descriptors(service: str) -> tuple[int, int]:
+    """With 0, 1, 2 ... descriptors left; how many it takes, and how many a further file takes."""
+    path, other = "/etc/passwd", "/etc/group"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    uv.map(path, service=service).close()  # imports
+    open_before = len(os.listdir("/proc/self/fd"))
+
+    def is_enough(nr_left: int, file: str) -> bool:
+        hold: list[int] = []
+        with pytest.raises(OSError):
+            while True:
+                hold.append(os.dup(0))
+        for _ in range(nr_left):
+            os.close(hold.pop())
+        try:
+            with uv.map(file, service=service) as region:
+                assert bytes(region.buffer) == open(file, "rb").read()
+            return True
+        except uv.UffdError as error:
+            assert error.errno == errno.EMFILE
+            assert file in str(error) and "ulimit -n" in str(error) and " 64 " in str(error)
+            return False
+        finally:
+            for fd in hold:
+                os.close(fd)
+
+    first = next(n for n in range(30) if is_enough(n, path))
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    with uv.map(path, service=service):
+        further = next(n for n in range(30) if is_enough(n, other))
+    return first, further
+
+
+@pytest.mark.parametrize(
+    ("service", "most"),
+    [("kernel", (3, 3)), ("native", (7, 5)), ("inline", (7, 5)), ("python", (15, 6))],
+)
+def test_running_out_of_descriptors_says_what_to_do(service, most):
+    """docs/guide.md tells these numbers, less the one that map() holds while it works."""
+    first, further = run_in_child(in_child_no_descriptors, service, timeout=60).value
+    assert further <= most[1]
+    assert first <= most[0]
 
 
 def test_mapping_a_sparse_tebibyte_is_cheap(tmp_path):

@@ -11,6 +11,7 @@ One per process by default, as the native library has one region table: `address
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import itertools
 import logging
@@ -18,6 +19,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from uffd_vm.config import Options, config, parse_size
-from uffd_vm.errors import FeatureUnavailable, InvalidArgument, SourceChanged
+from uffd_vm.errors import FeatureUnavailable, InvalidArgument, SourceChanged, UffdError
 from uffd_vm.fault.fault import Backing, FaultFlag, FaultKind
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.table import reachable_states, unexecutable
@@ -237,6 +239,27 @@ def choose_service(asked: str, wishes: dict[str, bool], device: int) -> tuple[st
 # --- the address space ----------------------------------------------------------------------------
 
 
+@contextmanager
+def _telling_descriptors(what: str) -> Iterator[None]:
+    """Whichever call finds that no descriptor is left: what to do is the same."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            cure = f"this process may have {limit} open: raise `ulimit -n`, or close regions"
+        elif error.errno == errno.ENFILE:
+            cure = "the machine has no more: raise /proc/sys/fs/file-max, or close regions"
+        else:
+            raise
+        call = error.call if isinstance(error, UffdError) else "open"
+        raise UffdError(
+            error.errno,
+            f"{what!r}: {os.strerror(error.errno)}. A mapped file takes up to five descriptors, and {cure}",
+            call,
+        ) from error
+
+
 class AddressSpace:
     """See the module. Methods may be called from any thread."""
 
@@ -348,7 +371,7 @@ class AddressSpace:
                     "page_mkwrite: a Python function cannot run in the process whose thread waits for it "
                     "(it may hold the GIL); use service='python'"
                 )
-        with ExitStack() as stack:
+        with _telling_descriptors(file), ExitStack() as stack:
             fd = stack.enter_context(open_file(file, writable=mode == "r+"))
             version = FileVersion.of(fd)
             if _version is not None and (version.size, version.mtime_ns) != (
@@ -533,7 +556,7 @@ class AddressSpace:
         if track:
             features.require_library("write tracking")
         title = name or f"anonymous-{next(self._numbers)}"
-        with self._locked(), ExitStack() as undo:
+        with _telling_descriptors(title), self._locked(), ExitStack() as undo:
             try:
                 mapping = Mapping.anonymous(size)
             except (OSError, OverflowError) as error:
