@@ -8,6 +8,7 @@ import os
 import resource
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def in_child_no_descriptors(service: str) -> tuple[int, int]:
             os.close(hold.pop())
         try:
             with uv.map(file, service=service) as region:
-                assert bytes(region.buffer) == open(file, "rb").read()
+                assert bytes(region.buffer) == Path(file).read_bytes()
             return True
         except uv.UffdError as error:
             assert error.errno == errno.EMFILE

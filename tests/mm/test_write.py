@@ -19,6 +19,60 @@ from uffd_vm.testing.invariants import check_all
 pytestmark = pytest.mark.usefixtures("uffd")
 
 
+@pytest.mark.parametrize("service", ["native", "python", "inline", "kernel"])
+def test_changes_to_a_file_that_was_replaced_are_not_lost_in_silence(make_file, service):
+    path, new = make_file(3 * PAGE_SIZE), make_file(3 * PAGE_SIZE, seed=1, name="new")
+    region = uv.map(path, "r+", service=service)
+    a = region.array()
+    a[PAGE_SIZE] = 0xAA
+    with open(path, "rb") as old:
+        os.replace(new, path)
+        replaced = path.read_bytes()
+        a[0] = 0xAB
+        for end in (region.flush, region.close):
+            with pytest.raises(uv.SourceChanged, match="was replaced.*discard") as caught:
+                end()
+            assert str(path) in str(caught.value)
+        assert not region.closed and (a[0], a[PAGE_SIZE]) == (0xAB, 0xAA)
+        assert old.read(1) == b"\xab", "it is in the file that was mapped"
+    assert path.read_bytes() == replaced, "and not in the other"
+    del a
+    region.discard()
+
+
+@pytest.mark.parametrize("service", ["native", "kernel"])
+@pytest.mark.parametrize("how", ["removed", "moved", "read only"])
+def test_a_file_that_was_not_replaced_closes_as_ever(make_file, service, how):
+    path = make_file(3 * PAGE_SIZE)
+    with uv.map(path, "r" if how == "read only" else "r+", service=service) as region:
+        if how == "removed":
+            path.unlink()
+        elif how == "moved":
+            path.rename(path.with_name("moved"))
+        else:
+            os.replace(make_file(PAGE_SIZE, name="new"), path)
+        if how != "read only":
+            region.buffer[0] = 0xAA
+        region.flush()
+    if how == "moved":
+        assert path.with_name("moved").read_bytes()[0] == 0xAA
+
+
+@pytest.mark.parametrize("service", ["native", "python"])
+@pytest.mark.parametrize("how", ["cut", "changed"])
+def test_a_write_back_that_may_not_write_says_how_to_keep_the_changes(make_file, service, how):
+    path = make_file(4 * PAGE_SIZE)
+    region = uv.map(path, "r+", service=service)
+    a = region.array()
+    a[0] = 0xAA
+    os.truncate(path, PAGE_SIZE) if how == "cut" else os.utime(path, ns=(1, 1))
+    with pytest.raises(uv.SourceChanged, match="still in memory: copy it out.*discard"):
+        region.close()
+    assert a[0] == 0xAA
+    del a
+    region.discard()
+
+
 def test_flush_makes_changes_durable_and_close_flushes(make_file):
     path = make_file(300 * PAGE_SIZE + 9)
     model = bytearray(path.read_bytes())

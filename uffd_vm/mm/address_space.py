@@ -420,6 +420,8 @@ class AddressSpace:
                     track,
                     page_mkwrite,
                 )
+            if mode == "r+":
+                ops.home = (file, version)
             region = Region(
                 mapping,
                 ops,

@@ -38,8 +38,8 @@ class FileVersion:
     mtime_ns: int
 
     @classmethod
-    def of(cls, fd: int) -> FileVersion:
-        st = os.fstat(fd)
+    def of(cls, file: int | str) -> FileVersion:
+        st = os.stat(file)
         return cls(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns)
 
 

@@ -52,6 +52,7 @@ _POPULATE = {"read": 22, "write": 23}  # MADV_POPULATE_READ, _WRITE (Linux 5.14)
 _MADV_PAGEOUT = 21
 _EHWPOISON = 133  # not in the errno module
 _ENSURE_TRIES = 8
+_KEEP_CHANGES = "what was not written yet is still in memory: copy it out of the region, then discard() the region"
 _PAGER_DIED = "the process that serves this memory died; call region.load(), which starts another"
 
 
@@ -68,6 +69,7 @@ class VmOps(Protocol):
 
     name: str
     flush_late: bool
+    home: tuple[str, FileVersion] | None
 
     @property
     def handle(self) -> int:
@@ -122,6 +124,7 @@ class _Memory(abc.ABC):
         self.nr_pages = -(-nbytes // PAGE_SIZE)
         self.closed = False
         self.flush_late = False  #: close() writes back what came after its flush()
+        self.home: tuple[str, FileVersion] | None = None  #: mode "r+": where changes go
 
     @property
     def asks_process(self) -> bool:
@@ -145,6 +148,23 @@ class _Memory(abc.ABC):
 
     def flush_all(self) -> None:
         self.flush(0, self.nr_pages)
+
+    def _check_home(self) -> None:
+        """Written is written: but it must not be lost in silence that the path leads elsewhere now. A
+        file that was removed, or moved and not replaced, is what the program wanted."""
+        if self.home is None:
+            return
+        path, version = self.home
+        try:
+            found = FileVersion.of(path)
+        except OSError:
+            return
+        if (found.device, found.inode) != (version.device, version.inode):
+            raise SourceChanged(
+                f"region {self.name!r}: {path!r} was replaced and is another file now. The changes are in the "
+                "file that was mapped, which may have no name any more: copy them out of the region's memory, "
+                "then discard() it"
+            )
 
     def _address(self, index: int) -> int:
         return self.start + index * PAGE_SIZE
@@ -276,12 +296,13 @@ class UserfaultOps(_Memory):
         error.region, error.index = self.name, index
         raise error
 
-    def _raise_errno(self, rc: int, what: str, index: int) -> NoReturn:
+    def _raise_errno(self, rc: int, what: str, index: int, *, writing: bool = False) -> NoReturn:
         """For calls that do the work of a fault: -errno tells what became of the source."""
         self.check_open()  # -ESTALE of a closed region
+        cure = _KEEP_CHANGES if writing else "map it again"
         cls, why = {
-            errno.ESTALE: (SourceChanged, "the file is not what was mapped; map it again"),
-            errno.ENODATA: (SourceChanged, "the file is shorter than it was; map it again"),
+            errno.ESTALE: (SourceChanged, f"the file is not what was mapped; {cure}"),
+            errno.ENODATA: (SourceChanged, f"the file is shorter than it was; {cure}"),
             errno.ETIMEDOUT: (SourceTimeout, "the region's deadline passed"),
             errno.EPIPE: (PagerDied, _PAGER_DIED),
             errno.ENOMEM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
@@ -297,7 +318,8 @@ class UserfaultOps(_Memory):
             raise
         except OSError as error:
             failed = int(getattr(error, "failed_index", None) or index)
-            self._raise_errno(-(error.errno or errno.EIO), f"{op} failed", failed)
+            rc = -(error.errno or errno.EIO)
+            self._raise_errno(rc, f"{op} failed", failed, writing=op == "flush")
 
     # --- pages --------------------------------------------------------------------------------------
 
@@ -379,10 +401,9 @@ class UserfaultOps(_Memory):
             return  # nothing here ever goes home
         if self._request:
             self._ask("flush", index, nr_pages)
-            return
-        rc = lib.uvm_region_flush(self.handle, index, nr_pages)
-        if rc < 0:
-            self._raise_errno(rc, "write-back failed", index)
+        elif (rc := lib.uvm_region_flush(self.handle, index, nr_pages)) < 0:
+            self._raise_errno(rc, "write-back failed", index, writing=True)
+        self._check_home()
 
     def protect(self, index: int, nr_pages: int) -> int:
         self._check_sticky()
@@ -559,6 +580,7 @@ class KernelOps(_Memory):
         if self._mode == "r+":
             pagemap.msync(self._address(index), nr_pages * PAGE_SIZE)
             os.fsync(self._fd)
+            self._check_home()
 
     def protect(self, index: int, nr_pages: int) -> int:
         raise FeatureUnavailable(
