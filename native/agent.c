@@ -93,7 +93,7 @@ static int agent_execute(const struct uvm_agent_request *q)
 	int rc;
 
 	if (q->op == UVM_AGENT_INTERRUPTED) { /* of a thread, not of a region */
-		uvm_interrupt_watch(q->nr_pages > 0);
+		uvm_interrupt_watch(UVM_SERVICE_PYTHON, q->nr_pages > 0);
 		return q->nr_pages && uvm_interrupt_pending((uint32_t)q->index);
 	}
 	struct uvm_region *r = uvm_region_by_handle(q->region);
@@ -252,7 +252,7 @@ static void ask_for_life(void)
 static void watch(bool on)
 {
 	if (on != agent.watching)
-		uvm_interrupt_watch(agent.watching = on);
+		uvm_interrupt_watch(UVM_SERVICE_PYTHON, agent.watching = on);
 }
 
 static void shortest_deadline(struct uvm_region *r, void *arg)

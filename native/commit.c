@@ -127,6 +127,7 @@ uint64_t uvm_commit(const struct uvm_commit *a, uint64_t index, uint64_t nr_page
 			if (!d.err)
 				return nr_pages;
 			/* The first page is there already, which was the aim; EEXIST never wakes. */
+			out->found = true;
 			uvm_rewrite_folio(a->region, index + done,
 					  (const uint8_t *)(uintptr_t)source(a, index + done));
 			(void)sys_uffd_wake(a->uffd, uvm_region_addr(a->region, index + done),

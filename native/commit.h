@@ -16,6 +16,7 @@ struct uvm_commit_end {
 	uint32_t result; /* VM_FAULT_* that the settlement gives */
 	int row;         /* that it ends in; 0xff: none */
 	int err;
+	bool found; /* set when a page was there already: nothing was brought. The caller clears it */
 };
 
 void uvm_rewrite_folio(struct uvm_region *r, uint64_t index, const uint8_t *content);

@@ -886,6 +886,7 @@ static _Atomic int interrupt_state, interrupt_pass;
 static _Atomic uint64_t interrupt_t;
 static struct sigaction sigint_before;
 static bool sigint_watched;
+static unsigned sigint_watchers; /* a bit a service */
 static pthread_mutex_t sigint_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 /* As the kernel would call it: a handler that asked for SA_NODEFER may raise its signal again (faulthandler
@@ -943,13 +944,17 @@ static void interrupt_forget_syscall(void)
 	atomic_compare_exchange_strong(&interrupt_state, &held, INT_NONE);
 }
 
-void uvm_interrupt_watch(bool on)
+/* By service: one that has nobody waiting any more does not look away for the others. */
+void uvm_interrupt_watch(int service, bool on)
 {
+	unsigned who = 1u << service;
 	struct sigaction now;
 
-	if (on == __atomic_load_n(&sigint_watched, __ATOMIC_RELAXED))
+	if (on == !!(__atomic_load_n(&sigint_watchers, __ATOMIC_RELAXED) & who))
 		return;
 	pthread_mutex_lock(&sigint_mutex);
+	unsigned left = on ? sigint_watchers | who : sigint_watchers & ~who;
+	__atomic_store_n(&sigint_watchers, left, __ATOMIC_RELAXED);
 	if (on && !sigint_watched && sigaction(SIGINT, NULL, &now) == 0 &&
 	    (now.sa_flags & SA_SIGINFO ||
 	     (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN))) {
@@ -959,7 +964,7 @@ void uvm_interrupt_watch(bool on)
 		atomic_store(&interrupt_pass, 0);
 		__atomic_store_n(&sigint_watched, sigaction(SIGINT, &ours, NULL) == 0,
 				 __ATOMIC_RELAXED);
-	} else if (!on && sigint_watched) {
+	} else if (!left && sigint_watched) {
 		if (sigaction(SIGINT, NULL, &now) == 0 && now.sa_flags & SA_SIGINFO &&
 		    now.sa_sigaction == sigint_handler)
 			sigaction(SIGINT, &sigint_before, NULL);
@@ -1811,6 +1816,7 @@ void uvm_failure_child(void)
 	if (sigint_watched)
 		sigaction(SIGINT, &sigint_before, NULL);
 	sigint_watched = false;
+	sigint_watchers = 0;
 	atomic_store(&interrupt_state, INT_NONE);
 	janitor.running = raiser.running = false;
 	uvm_agent_child();

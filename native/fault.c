@@ -28,6 +28,7 @@ struct vm_fault {
 	const struct uvm_row *row;
 
 	uint32_t nr_pages;
+	bool found; /* a page was there already: the fault itself brought none */
 	int err;
 	int settlement;
 	bool slept; /* a wait for a file: TRIED */
@@ -154,15 +155,24 @@ static uint32_t deny(struct vm_fault *v, int err, uint32_t result)
 	return result;
 }
 
+/* Later: parked, or (the touching thread being this one) by running the instruction again. */
+static uint32_t try_again(struct vm_fault *v)
+{
+	if (v->f->service == UVM_SERVICE_INLINE) {
+		usleep(100);
+		return UVM_VM_FAULT_RETRY;
+	}
+	return uvm_park(v->f) == 0 ? UVM_VM_FAULT_RETRY : wake(v);
+}
+
 static uint32_t settle_failed(struct vm_fault *v, const struct uvm_commit_end *end)
 {
 	v->settlement = end->settlement;
 	v->err = end->err;
 	switch (end->settlement) {
 	case UVM_SETTLEMENT_RECLAIM: /* the kernel's own memory: nothing of ours to reclaim would help */
-		if (end->row != 0xff && uvm_row(end->row)->action == UVM_ACTION_DENY_WRITE &&
-		    uvm_park(v->f) == 0)
-			return UVM_VM_FAULT_RETRY; /* it may have some later; p7wp ends it */
+		if (end->row != 0xff && uvm_row(end->row)->action == UVM_ACTION_DENY_WRITE)
+			return try_again(v); /* it may have some later; p7wp ends it */
 		return fail_page(v, ENOMEM, end->result);
 	case UVM_SETTLEMENT_POISON:
 		return fail_page(v, end->err ? end->err : ENOMEM, end->result);
@@ -171,7 +181,7 @@ static uint32_t settle_failed(struct vm_fault *v, const struct uvm_commit_end *e
 	case UVM_SETTLEMENT_DETACH:
 		return UVM_VM_FAULT_NOPAGE;
 	case UVM_SETTLEMENT_RETRY:
-		return uvm_park(v->f) == 0 ? UVM_VM_FAULT_RETRY : wake(v);
+		return try_again(v);
 	default: /* VERIFY, DROP, ORDER0 of a single page: run the instruction again */
 		return wake(v);
 	}
@@ -197,12 +207,15 @@ static uint32_t act_join(struct vm_fault *v)
 	if (v->x->service == UVM_SERVICE_INLINE) {
 		/* The touching thread is this one: nobody else would watch its deadline. */
 		const struct uvm_region *r = v->region;
-		while (!r->deadline_ns || sys_now_ns() - v->f->t_ns < r->deadline_ns) {
+		while (!r->deadline_ns || sys_now_ns() - v->f->first_ns < r->deadline_ns) {
 			unsigned flags = 0;
 			if (uvm_walk(v->region, v->index, v->f->kind, &flags) != v->orig_pte ||
 			    atomic_load(&r->state) != UVM_REGION_LIVE ||
 			    take_over_dead(v->region, v->index))
 				return UVM_VM_FAULT_RETRY; /* the instruction runs again */
+			uvm_long_wait(v->f);
+			if (uvm_interrupt_pending(v->f->tid))
+				return fail_page(v, EINTR, UVM_VM_FAULT_SIGBUS);
 			usleep(100);
 		}
 		return fail_page(v, ETIMEDOUT, UVM_VM_FAULT_SIGBUS);
@@ -272,7 +285,7 @@ static uint32_t act_scan(struct vm_fault *v)
 static uint32_t commit_page(struct vm_fault *v, int commit, const uint8_t *buf)
 {
 	struct uvm_commit a = {v->region, fault_uffd(v), commit, buf, v->index};
-	struct uvm_commit_end end;
+	struct uvm_commit_end end = {0};
 
 	uvm_ptl_lock(fault_page(v));
 	if (!pte_same(v)) {
@@ -285,6 +298,7 @@ static uint32_t commit_page(struct vm_fault *v, int commit, const uint8_t *buf)
 		if (v->row->next_pte != UVM_PTE_KEEP)
 			uvm_set_pte(v->region, v->index, v->row->next_pte);
 		v->nr_pages = 1;
+		v->found = end.found;
 	} else if (end.settlement == UVM_SETTLEMENT_VERIFY) {
 		uint32_t result = settle_truth(v, commit, true);
 		uvm_ptl_unlock(fault_page(v));
@@ -331,7 +345,7 @@ static uint32_t act_mkwrite(struct vm_fault *v)
 {
 	struct uvm_region *r = v->region;
 	struct uvm_commit a = {r, fault_uffd(v), v->row->commit, NULL, 0};
-	struct uvm_commit_end end;
+	struct uvm_commit_end end = {0};
 
 	uvm_ptl_lock(fault_page(v));
 	/* Dirty first, under the lock that write-back takes to protect: so a page is never writable
@@ -354,7 +368,7 @@ static uint32_t act_map_cached(struct vm_fault *v)
 {
 	struct uvm_region *r = v->region;
 	struct uvm_commit a = {r, fault_uffd(v), v->row->commit, NULL, 0};
-	struct uvm_commit_end end;
+	struct uvm_commit_end end = {0};
 	uint64_t around = r->fault_around_pages, first = v->index & ~(around - 1);
 	uint64_t last = first + around < r->nr_pages ? first + around : r->nr_pages;
 	uint64_t start = v->index, stop = v->index + 1;
@@ -504,6 +518,7 @@ static uint64_t finish_run(const struct uvm_commit *a, uint64_t index, uint64_t 
 			break;
 		switch (end->settlement) {
 		case UVM_SETTLEMENT_VERIFY:
+			end->found = true;
 			if (private) { /* present, by whom we do not know: as if written */
 				uvm_set_pte(r, i, UVM_PTE_PRESENT);
 			} else if (!uvm_cache_has(r->cache, r->pgoff + i)) {
@@ -546,7 +561,7 @@ static uint64_t window_commit(struct uvm_region *r, const struct window *w, cons
 	uvm_ptl_lock(addr);
 	if (w->demand != UVM_NO_INDEX && w->row != w->around) {
 		struct uvm_commit demand = {r, uffd, w->row->commit, buf, w->index};
-		struct uvm_commit_end other;
+		struct uvm_commit_end other = {0};
 		bool dirty = w->row->action == UVM_ACTION_MKWRITE_FOLIO;
 		/* Neighbours first: the woken thread would only fault on them. */
 		if (w->demand > w->index)
@@ -761,6 +776,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 	if (!demand_ok)
 		return settle_failed(v, &end);
 	v->nr_pages = (uint32_t)done;
+	v->found = end.found;
 	if (w.nr_pages > 1)
 		uvm_count(v->region, UVM_COUNTER_MAP_AROUND, w.nr_pages - 1);
 	plan_next(v->region, v->index, &w, block);
@@ -837,8 +853,8 @@ static unsigned prologue(struct vm_fault *v)
 		flags |= UVM_FLAG_WRITE_DENIED;
 	if (r->cache && r->pgoff + v->index >= r->cache->nr_pages)
 		flags |= UVM_FLAG_BEYOND_SIZE;
-	if (r->deadline_ns && v->f->tries &&
-	    (sys_now_ns() - v->f->t_ns > r->deadline_ns || uvm_interrupt_pending(v->f->tid)))
+	if (r->deadline_ns && (v->f->tries || v->f->refault) &&
+	    (sys_now_ns() - v->f->first_ns > r->deadline_ns || uvm_interrupt_pending(v->f->tid)))
 		flags |= UVM_FLAG_DEADLINE;
 	if (v->f->kind == UVM_KIND_MINOR && r->cache)
 		uvm_cache_adopt(r->cache, r->pgoff + v->index);
@@ -880,6 +896,9 @@ uint32_t uvm_handle_mm_fault(struct uvm_executor *x, struct uvm_fault *f)
 			if (v.nr_pages || v.row->commit == UVM_COMMIT_WAKE ||
 			    v.row->action == UVM_ACTION_JOIN || v.row->action == UVM_ACTION_POISON)
 				uvm_count_row(v.region, v.row);
+			bool again = result & UVM_VM_FAULT_RETRY;
+			if (!again || f->service == UVM_SERVICE_INLINE)
+				uvm_chain_note(f, (v.nr_pages && !v.found) || result & FAULT_ERROR);
 			uvm_mm_account_fault(v.region, result, f->tries > 0);
 			uvm_trace(v.region, f, v.index, v.orig_pte, v.flags, v.row, result, v.err,
 				  v.nr_pages, v.settlement);
@@ -898,7 +917,7 @@ static int fill_anonymous(struct uvm_executor *x, struct uvm_region *r, uint64_t
 	const struct uvm_row *row =
 		uvm_decide(UVM_KIND_MISSING, 0, r->backing, UVM_PTE_NONE, r->flags);
 	struct uvm_commit a = {r, uvm_service_uffd(r->service), row->commit, x->buf, index};
-	struct uvm_commit_end end;
+	struct uvm_commit_end end = {0};
 	uint64_t addr = uvm_region_addr(r, index), n = 0;
 
 	uvm_ptl_lock(addr);
@@ -928,7 +947,7 @@ static int fill_anonymous(struct uvm_executor *x, struct uvm_region *r, uint64_t
 static void map_cached(struct uvm_region *r, uint64_t index)
 {
 	struct uvm_commit a = {r, uvm_service_uffd(r->service), UVM_COMMIT_CONTINUE_WP, NULL, 0};
-	struct uvm_commit_end end;
+	struct uvm_commit_end end = {0};
 	uint64_t addr = uvm_region_addr(r, index);
 	if (!(r->register_mode & UFFDIO_REGISTER_MODE_MINOR))
 		return;

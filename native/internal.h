@@ -258,11 +258,21 @@ void uvm_threads_child(void);
 /* ---- one fault ----------------------------------------------------------------------------------- */
 struct uvm_fault {
 	uint64_t address;
-	uint64_t t_ns; /* when the message was read */
+	uint64_t t_ns;     /* when the message was read */
+	uint64_t first_ns; /* of the first fault of its chain (chain.c): t_ns, most often */
 	uint32_t tid;
 	uint8_t kind, access, tries;
 	uint8_t service;
+	bool refault; /* of a chain, and not its first */
 };
+
+/* Faults that bring nothing (chain.c). continue: a new fault; note: how it ended. */
+void uvm_chain_continue(struct uvm_fault *f);
+void uvm_chain_note(const struct uvm_fault *f, bool brought);
+/* The main thread has waited long: its service looks whether Ctrl-C arrived meanwhile. */
+enum { UVM_LONG_WAIT_NS = 200000000 };
+void uvm_long_wait(const struct uvm_fault *f);
+bool uvm_waits_long(int service);
 
 /* What an executing thread brings along. */
 struct uvm_executor {
@@ -311,7 +321,7 @@ int uvm_failure_nr_placeholders(void);
  * -1: the page failed, as recorded. */
 int uvm_inline_fault(uint64_t address, bool write);
 /* The fault thread's question while a fault of tid waits long: did Ctrl-C arrive meanwhile? */
-void uvm_interrupt_watch(bool on);
+void uvm_interrupt_watch(int service, bool on);
 bool uvm_interrupt_pending(uint32_t tid);
 
 /* ---- counters, trace (trace.c) -------------------------------------------------------------------- */

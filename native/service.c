@@ -19,7 +19,6 @@
 #include <sys/eventfd.h>
 
 enum { TICK_MS = 10, BATCH = 64, AFFINITY_EVERY = 32, NR_INLINE = 16 };
-static const uint64_t interrupt_after_ns = 200000000;
 
 struct service {
 	int uffd; /* -1 while not running */
@@ -108,19 +107,10 @@ void uvm_poke_fault_thread(void)
 		(void)!write(event_fd, &one, sizeof one);
 }
 
-/* The agent of a Python service may watch too: we only stop what we started. */
-static void watch_interrupts(bool on)
-{
-	static bool watching;
-	if (on != watching)
-		uvm_interrupt_watch(watching = on);
-}
-
 /* Starts every parked fault again from the top. */
 static void run_parked(struct uvm_executor *x)
 {
 	static struct uvm_fault again[UVM_MAX_PARKED]; /* the fault thread's own */
-	bool long_wait = false;
 	int mine = 0;
 
 	pthread_mutex_lock(&parked_lock);
@@ -133,11 +123,8 @@ static void run_parked(struct uvm_executor *x)
 		parked_remove(i);
 	}
 	pthread_mutex_unlock(&parked_lock);
-	uint64_t now = sys_now_ns();
 	for (int i = 0; i < mine; i++)
-		long_wait |= again[i].tid == (uint32_t)getpid() &&
-			     now - again[i].t_ns > interrupt_after_ns;
-	watch_interrupts(long_wait);
+		uvm_long_wait(&again[i]);
 	for (int i = 0; i < mine; i++)
 		uvm_handle_mm_fault(x, &again[i]);
 }
@@ -355,6 +342,9 @@ static void serve_message(struct uvm_executor *x, const struct uffd_msg *m, uint
 		.access = bits & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP) ? 1 : 0,
 		.service = UVM_SERVICE_NATIVE,
 	};
+	uvm_chain_continue(&f);
+	if (f.refault && uvm_waits_long(UVM_SERVICE_NATIVE))
+		uvm_interrupt_watch(UVM_SERVICE_NATIVE, true);
 	uvm_handle_mm_fault(x, &f);
 	follow(fo, f.tid);
 }
@@ -394,6 +384,7 @@ static void *fault_main(void *arg)
 	uint64_t spin_ns = CPU_COUNT(&fo.home) > 1 ? uvm_space.config.spin_ns : 0;
 	memset(x->buf, 0, 256 * UVM_PAGE); /* resident before the first fault */
 	uint64_t spin_until = 0, next_tick = 0;
+	bool watching = false;
 	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
 		if (serve(x, uffd, &fo) > 0) {
 			/* On the toucher's own CPU spinning would only keep it from running, and next to
@@ -402,11 +393,11 @@ static void *fault_main(void *arg)
 			spin_until = spin ? sys_now_ns() + spin_ns : 0;
 		} else if (!spin_until || sys_now_ns() > spin_until) {
 			spin_until = 0;
-			wait_for_work(uffd, atomic_load(&nr_parked) > 0);
+			wait_for_work(uffd, atomic_load(&nr_parked) > 0 || watching);
 			if (atomic_load(&nr_parked))
 				run_parked(x);
-			else
-				watch_interrupts(false);
+			watching = uvm_waits_long(UVM_SERVICE_NATIVE);
+			uvm_interrupt_watch(UVM_SERVICE_NATIVE, watching);
 			next_tick = 0;
 			continue;
 		}
@@ -418,6 +409,7 @@ static void *fault_main(void *arg)
 			}
 		}
 	}
+	uvm_interrupt_watch(UVM_SERVICE_NATIVE, false);
 	return NULL;
 }
 
@@ -436,7 +428,9 @@ static void *inline_events_main(void *arg)
 		ppoll(fds, 1, &(struct timespec){0, 200000000}, NULL);
 		while (read(uffd, &m, sizeof m) > 0)
 			;
+		uvm_interrupt_watch(UVM_SERVICE_INLINE, uvm_waits_long(UVM_SERVICE_INLINE));
 	}
+	uvm_interrupt_watch(UVM_SERVICE_INLINE, false);
 	return NULL;
 }
 
@@ -498,6 +492,7 @@ int uvm_inline_fault(uint64_t address, bool write)
 		.access = write,
 		.service = UVM_SERVICE_INLINE,
 	};
+	uvm_chain_continue(&f);
 	struct uvm_executor *x = inline_take(&slot);
 	x->failed = false;
 	uvm_handle_mm_fault(x, &f);
