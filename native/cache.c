@@ -606,28 +606,14 @@ static void fifo_rebuild(struct uvm_cache *c)
 	pthread_mutex_unlock(&s->fifo_lock);
 }
 
-enum { MAKE_ROOM_TRIES = 64 };
-
 /* Every page in the cache is in the queue, so none is forgotten. Entries of pages that were evicted out of
- * turn stay until reclaim meets them; when they fill the queue the oldest extents go. Those that cannot
- * (dirty pages, and a page may have many old entries) are put back, and then the queue is written anew:
- * the pages of this extent are in the cache, so they are in it. */
+ * turn stay until reclaim meets them; when they fill the queue it is written anew, from the folio words. It
+ * has room for twice the cap, so that is rare. (Nothing is evicted here to make room: the oldest entry may
+ * be an old one of the page that has just come, and then each fault would take away what it brought.) */
 void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 {
-	struct uvm_extent e;
-	for (int tries = 0; !fifo_push(c, index, nr_pages); tries++) {
-		if (tries == MAKE_ROOM_TRIES) {
-			fifo_rebuild(c);
-			return;
-		}
-		if (!fifo_pop(c, &e))
-			continue;
-		uvm_cache_evict(c, e.index, e.nr_pages);
-		if (extent_kept(c, &e) && !fifo_push(c, e.index, e.nr_pages)) {
-			fifo_rebuild(c);
-			return;
-		}
-	}
+	if (!fifo_push(c, index, nr_pages))
+		fifo_rebuild(c);
 }
 
 /* Drops clean pages of [index, index + nr_pages), run by run; the memory goes at once, everywhere. */
