@@ -648,8 +648,11 @@ static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f,
 		if (!private)
 			uvm_cache_note_extent(c, pgoff + w->index, w->nr_pages);
 		uvm_count(r, UVM_COUNTER_BYTES_READ, w->nr_pages << UVM_PAGE_SHIFT);
-		uvm_unpark_range(r, w->index, w->nr_pages,
-				 w->row ? w->row->result : UVM_VM_FAULT_MAJOR, f);
+		if (done == (int64_t)w->nr_pages)
+			uvm_unpark_range(r, w->index, w->nr_pages,
+					 w->row ? w->row->result : UVM_VM_FAULT_MAJOR, f);
+		else /* who waits for a page that did not come was not woken, and starts again */
+			uvm_poke_fault_thread();
 	}
 	uvm_cache_unref(c);
 	return done;
