@@ -208,6 +208,8 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 	c->folios = (void *)(uintptr_t)(p + UVM_CACHE_CTL_BYTES);
 	c->fifo = (void *)(uintptr_t)(p + fifo_at);
 	c->shared->fifo_size = fifo_size;
+	for (int i = 0; i < UVM_RECENT; i++)
+		c->shared->recent[i] = UVM_NO_INDEX;
 	c->shared->ctl.nr_pages = c->nr_pages;
 	c->shared->ctl.cap_pages = cap_pages;
 	pthread_mutexattr_init(&attr);
@@ -250,7 +252,8 @@ static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t m
 	c->ctl_fd = rc = sys_memfd_create("uffd_vm-folios");
 	if (rc < 0)
 		return rc;
-	rc = shared_map(c, cap_bytes >> UVM_PAGE_SHIFT ? cap_bytes >> UVM_PAGE_SHIFT : 1);
+	uint64_t cap_pages = cap_bytes >> UVM_PAGE_SHIFT;
+	rc = shared_map(c, cap_pages > 2 * UVM_RECENT ? cap_pages : 2 * UVM_RECENT);
 	if (rc < 0)
 		return rc;
 	c->shared->ctl.size = size;
@@ -303,8 +306,21 @@ void uvm_cache_ref(struct uvm_cache *c)
 	atomic_fetch_add(&c->refs, 1);
 }
 
+/* A fork waits for it: half of it would be done again in the child. */
+static pthread_mutex_t free_lock = PTHREAD_MUTEX_INITIALIZER;
+
+void uvm_caches_prepare(void)
+{
+	pthread_mutex_lock(&free_lock);
+}
+void uvm_caches_parent(void)
+{
+	pthread_mutex_unlock(&free_lock);
+}
+
 static void cache_free(struct uvm_cache *c)
 {
+	pthread_mutex_lock(&free_lock);
 	for (int s = 0; s < 3; s++)
 		if (c->alias[s])
 			sys_munmap(c->alias[s], c->nr_pages << UVM_PAGE_SHIFT);
@@ -313,6 +329,7 @@ static void cache_free(struct uvm_cache *c)
 	close_fds(c);
 	__atomic_fetch_sub(&uvm_space.nr_caches, 1, __ATOMIC_RELAXED);
 	atomic_store(&c->in_use, 0); /* last: now the slot may be taken again */
+	pthread_mutex_unlock(&free_lock);
 }
 
 void uvm_cache_unref(struct uvm_cache *c)
@@ -400,8 +417,11 @@ void uvm_caches_child_begin(void)
 void uvm_caches_child_end(void)
 {
 	for (int id = 0; id < nr_slots; id++)
-		if (atomic_load(&caches[id].in_use) && !atomic_load(&caches[id].refs))
+		if (atomic_load(&caches[id].in_use) && !atomic_load(&caches[id].refs)) {
+			/* The aliases were not inherited: there is something else by now. */
+			memset(caches[id].alias, 0, sizeof caches[id].alias);
 			cache_free(&caches[id]);
+		}
 }
 
 /* In a forked child: the parent's slot is the parent's; the aliases were not inherited. */
@@ -610,10 +630,29 @@ static void fifo_rebuild(struct uvm_cache *c)
  * turn stay until reclaim meets them; when they fill the queue it is written anew, from the folio words. It
  * has room for twice the cap, so that is rare. (Nothing is evicted here to make room: the oldest entry may
  * be an old one of the page that has just come, and then each fault would take away what it brought.) */
-void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+static void queue_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 {
 	if (!fifo_push(c, index, nr_pages))
 		fifo_rebuild(c);
+}
+
+/* One instruction may need four pages at once (a move from one page border to another). If each of them
+ * were taken for the next, none would ever be there together: so the last ones that came stay. */
+static bool is_recent(struct uvm_cache *c, const struct uvm_extent *e)
+{
+	for (int i = 0; i < UVM_RECENT; i++) {
+		uint64_t index = __atomic_load_n(&c->shared->recent[i], __ATOMIC_RELAXED);
+		if (index - e->index < e->nr_pages)
+			return true;
+	}
+	return false;
+}
+
+void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+{
+	uint64_t n = __atomic_fetch_add(&c->shared->nr_recent, 1, __ATOMIC_RELAXED);
+	__atomic_store_n(&c->shared->recent[n % UVM_RECENT], index, __ATOMIC_RELAXED);
+	queue_extent(c, index, nr_pages);
 }
 
 /* Drops clean pages of [index, index + nr_pages), run by run; the memory goes at once, everywhere. */
@@ -661,6 +700,10 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 	if (!may_write_back && left > LOOK_AT_MOST) /* dirty ones may be all there is */
 		left = LOOK_AT_MOST;
 	while (got < nr_pages && left-- > 0 && fifo_pop(c, &e)) {
+		if (is_recent(c, &e)) {
+			queue_extent(c, e.index, e.nr_pages);
+			continue;
+		}
 		int64_t n = uvm_cache_evict(c, e.index, e.nr_pages);
 		unsigned kept = extent_kept(c, &e);
 		if (kept & KEPT_DIRTY && may_write_back) {
@@ -670,12 +713,8 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 			n = (n > 0 ? n : 0) + (more > 0 ? more : 0);
 		}
 		if (kept) /* another thread may have taken the place of what we popped */
-			uvm_cache_note_extent(c, e.index, e.nr_pages);
+			queue_extent(c, e.index, e.nr_pages);
 		got += n > 0 ? (uint64_t)n : 0;
-		/* Not past it, to younger clean pages: an instruction that needs two pages would have one
-		 * of them taken for the other, and the other for the one, for ever. */
-		if (kept & KEPT_DIRTY && !may_write_back)
-			break;
 	}
 	return got;
 }

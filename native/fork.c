@@ -118,12 +118,14 @@ static void before(void)
 	uvm_spans_lock();
 	uvm_ptl_lock_all(); /* no commit is half published in what the child inherits */
 	uvm_service_prepare();
+	uvm_caches_prepare();
 	uvm_for_each_region_locked(let_copy, (void *)(uintptr_t)&do_fork);
 }
 
 static void in_parent(void)
 {
 	uvm_for_each_region_locked(let_copy, (void *)(uintptr_t)&dont_fork);
+	uvm_caches_parent();
 	uvm_service_parent();
 	uvm_ptl_unlock_all();
 	uvm_spans_unlock();
@@ -134,6 +136,7 @@ static void in_parent(void)
 static void in_child(void)
 {
 	int rc;
+	uvm_caches_parent();
 	uvm_for_each_region_locked(child_map, NULL);
 	uvm_threads_child();
 	uvm_failure_child();

@@ -25,6 +25,7 @@ enum {
 	UVM_CACHE_EPOCHS = 1 << 12,
 	UVM_MAX_PARKED = 4096,
 	UVM_MAX_JOBS = 1024,
+	UVM_RECENT = 4,
 	UVM_MAX_WORKERS = 32,
 	UVM_BUFFER_BYTES = UVM_PMD_PAGES * UVM_PAGE,
 	UVM_FAILURES = 64,
@@ -79,6 +80,8 @@ struct uvm_cache_shared {
 	struct uvm_cache_ctl ctl;
 	pthread_mutex_t fifo_lock;                /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
+	uint64_t recent[UVM_RECENT],
+		nr_recent;         /* folios of the last fills: reclaim passes over them */
 	pthread_mutex_t wb_lock;   /* as fifo_lock: one write-back of this cache at a time */
 	int wb_writing;            /* under wb_lock: the file is being written, mtime is moving */
 	_Atomic uint32_t nr_slots; /* high-water mark: those behind it were never taken */
@@ -155,6 +158,8 @@ static inline bool uvm_folio_begins_page(uint64_t index)
 	return (UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t)) % UVM_PAGE == 0;
 }
 void uvm_cache_child_attach(struct uvm_cache *c);
+void uvm_caches_prepare(void); /* around fork; parent: also in the child */
+void uvm_caches_parent(void);
 void uvm_caches_child_begin(void);
 void uvm_caches_child_end(void);
 

@@ -127,7 +127,7 @@ struct uvm_cache_ctl {
 	int64_t wb_err;      /* errno of the last one */
 	uint64_t nr_writing; /* writes of the Python service under way: mtime is moving */
 };
-enum { UVM_CACHE_CTL_OFFSET = 65536, UVM_CACHE_CTL_BYTES = 65792 };
+enum { UVM_CACHE_CTL_OFFSET = 65536, UVM_CACHE_CTL_BYTES = 66560 };
 
 /* ---- page caches ------------------------------------------------------------------------------ */
 /* Makes a cache over an open regular file of `size` bytes. Takes ownership of neither fd: it dups

@@ -123,3 +123,48 @@ def test_an_instruction_that_needs_two_pages_gets_both(service):
     data = pattern(100 * PAGE_SIZE)
     want = b"".join(data[p * PAGE_SIZE - 4 :][:8] for p in (50, 60, 70))
     assert run_in_child(in_child_read_across_a_border, service, timeout=15).value == want
+
+
+def in_child_read_across_a_border_at_the_smallest_cap(service: str, mode: str) -> bytes:
+    """The smallest cap still holds what one instruction may need."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(pattern(40 * PAGE_SIZE))
+        with uv.map(path, mode, service=service, cap=PAGE_SIZE, deadline=10) as region:
+            at = region.address + PAGE_SIZE - 4
+            got = ctypes.c_uint64.from_address(at).value.to_bytes(8, "little")
+            ctypes.memmove(at + 20 * PAGE_SIZE, at, 8) if mode != "r" else None
+            region.discard() if mode == "r+" else None
+        return got
+
+
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+def test_the_smallest_cap_holds_what_one_instruction_needs(service, mode):
+    got = run_in_child(in_child_read_across_a_border_at_the_smallest_cap, service, mode).value
+    assert got == pattern(2 * PAGE_SIZE)[PAGE_SIZE - 4 : PAGE_SIZE + 4]
+
+
+def test_dirty_pages_that_a_child_may_write_to_do_not_keep_clean_ones_in(make_file):
+    cap_pages = 256
+    path = make_file(8 * cap_pages * PAGE_SIZE)
+    data = path.read_bytes()
+    options = {"cap": cap_pages * PAGE_SIZE, "fault_around_bytes": PAGE_SIZE, "readahead_bytes": 0}
+    with uv.map(path, "r+", service="native", **options) as region:
+        watched = Watched(region, cap_pages)
+        with region.buffer as buffer:
+            for page in range(cap_pages // 2):
+                buffer[page * PAGE_SIZE] = 7
+            ready, go = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.close(go)
+                os.read(ready, 1)
+                os._exit(0)
+            for page in range(cap_pages // 2, 8 * cap_pages):
+                assert buffer[page * PAGE_SIZE] == data[page * PAGE_SIZE]
+            watched.look()
+            watched.check()
+            os.close(go)
+            os.close(ready)
+            assert os.waitpid(pid, 0)[1] == 0

@@ -860,3 +860,32 @@ def test_python_warns_of_a_fork_with_our_threads_and_goes_on() -> None:
     fork handlers, so the warning says nothing about lazy memory; programs may filter it."""
     said = run_in_child(in_child_warning).value
     assert len(said) == 1 and "multi-threaded" in said[0]
+
+
+def in_child_fork_after_close_beside_a_read(path: str) -> None:
+    """The cache of the closed region is still in a worker's hands; its mappings are not the child's."""
+    closed = uv.map(path, "c", service="native")
+    with mapped("c") as (region, other), mapped("c") as (more, _):
+        data = other.read_bytes()
+        with inject("PREAD", 0, delay=0.7):
+            closed.prefetch((0, PAGE_SIZE))
+            time.sleep(0.1)
+            closed.close()
+
+            def work() -> bytes:
+                lib.uvm_inject_clear()
+                same = all(
+                    which.buffer[at] == data[at]
+                    for which in (region, more)
+                    for at in range(0, len(data), PAGE_SIZE)
+                )
+                return b"right" if same else b"wrong"
+
+            assert fork_and_ask(work) == (0, b"right")
+            time.sleep(0.7)  # until the read has ended
+
+
+def test_a_fork_after_close_while_the_read_goes_on(tmp_path):
+    path = tmp_path / "closed.bin"
+    path.write_bytes(DATA)
+    run_in_child(in_child_fork_after_close_beside_a_read, str(path))
