@@ -154,7 +154,9 @@ def test_in_process_copy_that_fails_a_thousand_times_is_no_timeout(service: str)
 
 
 @IN_PROCESS
-def test_in_process_store_whose_protection_cannot_be_lifted_dies_by_the_deadline(service: str) -> None:
+def test_in_process_store_whose_protection_cannot_be_lifted_dies_by_the_deadline(
+    service: str,
+) -> None:
     run(
         f"""
         from uffd_vm.testing.inject import inject
