@@ -593,12 +593,15 @@ static bool worth_retry(int rc)
 }
 
 /* Reads the window's pages. With x->may_block the region is let go of meanwhile: nothing of it may be
- * used before it was found again. -EAGAIN: a thread that may block has to do it. */
+ * used before it was found again. -EAGAIN: a thread that may block has to do it, or to try again what
+ * failed here, where nobody may wait in between. */
 static int window_read(struct uvm_executor *x, struct uvm_cache *c, uint64_t index,
 		       uint64_t nr_pages)
 {
 	int rc = uvm_cache_read(c, index, nr_pages, x->buf, !x->may_block);
-	for (int i = 1; x->may_block && worth_retry(rc) && i < READ_TRIES; i++) {
+	if (!x->may_block)
+		return worth_retry(rc) ? -EAGAIN : rc;
+	for (int i = 1; worth_retry(rc) && i < READ_TRIES; i++) {
 		usleep(5000u << i);
 		rc = uvm_cache_read(c, index, nr_pages, x->buf, false);
 	}

@@ -40,6 +40,20 @@ def test_a_touch_of_a_page_that_cannot_be_read_raises_and_the_next_tries_again(m
         mv.release()
 
 
+@pytest.mark.parametrize("err", [errno.EIO, errno.ENOMEM, errno.ENOBUFS])
+def test_a_read_that_fails_in_the_thread_that_may_not_wait_is_tried_again(make_file, err):
+    path = make_file(8 * PAGE_SIZE)
+    with uv.map(path, service="native", deadline=5) as region:
+        with inject("PREAD_NOWAIT", err, count=1 << 40) as first:
+            assert touch(region.buffer, 3 * PAGE_SIZE) == path.read_bytes()[3 * PAGE_SIZE]
+            assert first.fired
+        with (
+            inject("PREAD_NOWAIT", err, count=1 << 40),
+            inject("PREAD", err, count=2),  # the third try succeeds
+        ):
+            assert bytes(region.buffer) == path.read_bytes()
+
+
 @pytest.mark.parametrize("mode", ["r", "c", "r+"])
 def test_load_raises_an_ordinary_exception(make_file, mode):
     path = make_file(8 * PAGE_SIZE)
