@@ -874,18 +874,52 @@ int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages)
 	return rc < 0 ? rc : armed;
 }
 
+/* Entries alone, of pages about whose folios nothing was ever said. */
+static void walk_entries(struct uvm_region *r, uint64_t index, uint64_t end, uint8_t *states)
+{
+	for (uint64_t i = uvm_next_touched(r, index); i < end; i++) {
+		unsigned pte = atomic_load(&r->ptes[i]);
+		if (pte != UVM_PTE_NONE)
+			states[i - index] = (uint8_t)pte;
+		if ((i + 1) % UVM_PAGE == 0)
+			i = uvm_next_touched(r, i + 1) - 1;
+	}
+}
+
+/* Folio words that were never written are not read: that would put a page into their memfd, a gibibyte for
+ * a look at a tebibyte. */
+static void walk_folios(struct uvm_region *r, uint64_t index, uint64_t end, uint8_t *states)
+{
+	uint64_t i = index;
+	while (i < end) {
+		uint64_t touched = uvm_cache_next_touched(r->cache, r->pgoff + i) - r->pgoff;
+		uint64_t stop = touched < end ? touched : end;
+		walk_entries(r, i, stop, states + (i - index));
+		for (i = stop; i < end; i++) {
+			unsigned flags = 0;
+			if (i > stop && uvm_folio_begins_page(r->pgoff + i))
+				break;
+			unsigned pte = uvm_walk(r, i, UVM_KIND_MISSING, &flags);
+			if (pte == UVM_PTE_NONE && flags & UVM_FLAG_CACHED)
+				pte = UVM_PTE_CACHED;
+			states[i - index] = (uint8_t)pte;
+		}
+	}
+}
+
 int uvm_region_walk(int64_t handle, uint64_t index, uint64_t nr_pages, uint8_t *states)
 {
 	struct uvm_region *r = uvm_region_by_handle(handle);
 	if (!r)
 		return -ESTALE;
 	int rc = range_check(r, index, nr_pages);
-	for (uint64_t i = 0; rc == 0 && i < nr_pages; i++) {
-		unsigned flags = 0;
-		unsigned pte = uvm_walk(r, index + i, UVM_KIND_MISSING, &flags);
-		if (pte == UVM_PTE_NONE && flags & UVM_FLAG_CACHED)
-			pte = UVM_PTE_CACHED;
-		states[i] = (uint8_t)pte;
+	if (rc == 0) {
+		memset(states, UVM_PTE_NONE, nr_pages);
+		if (r->cache &&
+		    !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED))
+			walk_folios(r, index, index + nr_pages, states);
+		else
+			walk_entries(r, index, index + nr_pages, states);
 	}
 	uvm_region_put(r);
 	return rc;

@@ -118,6 +118,30 @@ def test_mapping_a_sparse_tebibyte_is_cheap(tmp_path):
         del a
 
 
+@pytest.mark.parametrize(("mode", "service"), [("r", "native"), ("c", "native"), ("r+", "python")])
+def test_looking_at_a_sparse_region_takes_no_memory(tmp_path, mode, service):
+    nr_pages = 4 << 20
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        file.truncate(nr_pages * PAGE_SIZE)
+    with uv.map(path, mode, service=service, fault_around_bytes=PAGE_SIZE) as region:
+        touched = (0, 5000, nr_pages // 2 + 17, nr_pages - 1)
+        for page in touched:
+            assert region.buffer[page * PAGE_SIZE] == 0
+
+        def held() -> int:
+            return os.fstat(lib.uvm_cache_ctl_fd(region._ops.cache.id)).st_blocks
+
+        before = held()
+        residency = region.residency()
+        assert sum(part > 0 for part in residency.heatmap(64)) == 3
+        pages = residency.pages()
+        assert [i for i, state in enumerate(pages) if state] == list(touched)
+        for page in touched:
+            assert residency.pages((page * PAGE_SIZE, (page + 1) * PAGE_SIZE))[0] == pages[page]
+        assert held() == before
+
+
 def test_anonymous_memory_is_zero_and_keeps_what_is_written():
     with uv.anonymous(100 * PAGE_SIZE + 3) as region:
         a = region.array()

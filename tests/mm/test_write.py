@@ -30,7 +30,7 @@ def test_changes_to_a_file_that_was_replaced_are_not_lost_in_silence(make_file, 
         replaced = path.read_bytes()
         a[0] = 0xAB
         for end in (region.flush, region.close):
-            with pytest.raises(uv.SourceChanged, match="was replaced.*discard") as caught:
+            with pytest.raises(uv.SourceChanged, match=r"was replaced.*discard") as caught:
                 end()
             assert str(path) in str(caught.value)
         assert not region.closed and (a[0], a[PAGE_SIZE]) == (0xAB, 0xAA)
@@ -66,7 +66,7 @@ def test_a_write_back_that_may_not_write_says_how_to_keep_the_changes(make_file,
     a = region.array()
     a[0] = 0xAA
     os.truncate(path, PAGE_SIZE) if how == "cut" else os.utime(path, ns=(1, 1))
-    with pytest.raises(uv.SourceChanged, match="still in memory: copy it out.*discard"):
+    with pytest.raises(uv.SourceChanged, match=r"still in memory: copy it out.*discard"):
         region.close()
     assert a[0] == 0xAA
     del a

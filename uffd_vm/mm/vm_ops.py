@@ -161,9 +161,9 @@ class _Memory(abc.ABC):
             return
         if (found.device, found.inode) != (version.device, version.inode):
             raise SourceChanged(
-                f"region {self.name!r}: {path!r} was replaced and is another file now. The changes are in the "
-                "file that was mapped, which may have no name any more: copy them out of the region's memory, "
-                "then discard() it"
+                f"region {self.name!r}: {path!r} was replaced and is another file now. The changes are in "
+                "the file that was mapped, which may have no name any more: copy them out of the region's "
+                "memory, then discard() it"
             )
 
     def _address(self, index: int) -> int:
