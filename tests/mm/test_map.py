@@ -142,6 +142,28 @@ def test_looking_at_a_sparse_region_takes_no_memory(tmp_path, mode, service):
         assert held() == before
 
 
+@pytest.mark.parametrize("service", ["native", "python"])
+def test_giving_back_a_sparse_tebibyte_costs_what_was_touched(tmp_path, service):
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with uv.map(path, "r+", service=service, fault_around_bytes=PAGE_SIZE) as region:
+        touched = (5, 1 << 33, (1 << 40) - 1)
+        for at in touched:
+            region.buffer[at] = 7
+        start = time.perf_counter()
+        region.flush()
+        assert region.evict() == 3 * PAGE_SIZE
+        assert region.evict((1 << 33, (1 << 33) + PAGE_SIZE)) == 0
+        assert [region.buffer[at] for at in touched] == [7, 7, 7]
+        region.buffer[1 << 30] = 8
+        region.close()
+        assert time.perf_counter() - start < 5  # a look at each page takes minutes
+    with open(path, "rb") as file:
+        for at in (*touched, 1 << 30):
+            assert os.pread(file.fileno(), 1, at) == (b"\7" if at in touched else b"\10")
+
+
 def test_anonymous_memory_is_zero_and_keeps_what_is_written():
     with uv.anonymous(100 * PAGE_SIZE + 3) as region:
         a = region.array()

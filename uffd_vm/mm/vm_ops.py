@@ -52,7 +52,9 @@ _POPULATE = {"read": 22, "write": 23}  # MADV_POPULATE_READ, _WRITE (Linux 5.14)
 _MADV_PAGEOUT = 21
 _EHWPOISON = 133  # not in the errno module
 _ENSURE_TRIES = 8
-_KEEP_CHANGES = "what was not written yet is still in memory: copy it out of the region, then discard() the region"
+_KEEP_CHANGES = (
+    "what was not written is still in memory: copy it out of the region, then discard() it"
+)
 _PAGER_DIED = "the process that serves this memory died; call region.load(), which starts another"
 
 

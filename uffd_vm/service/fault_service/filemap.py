@@ -223,7 +223,8 @@ class PageCache:
         if self._ctl[_NR_WRITING]:
             self._ctl[_MTIME_NS] = os.fstat(self.file_fd).st_mtime_ns
             self._ctl[_NR_WRITING] = 0
-        for first, end in self._touched():
+        for first, n in self.touched(0, self.nr_pages):
+            end = first + n
             words = self.folios[first:end]
             if words[0] & 0xFF in _QUIET and words.tobytes() == words[:1].tobytes() * len(words):
                 # All alike, as they mostly are: a cache of 100 GiB is taken over in a second.
@@ -242,10 +243,10 @@ class PageCache:
         elif state not in _NOT_CHARGED:
             self._note_extent(index, 1)
 
-    def _touched(self) -> Iterator[tuple[int, int]]:
-        """[first, end) of indexes whose words were ever written, by the page: a huge sparse file costs
-        nothing."""
-        at, end = CTL_BYTES, CTL_BYTES + 4 * self.nr_pages
+    def touched(self, index: int, nr_pages: int) -> Iterator[tuple[int, int]]:
+        """(index, number of pages) of the parts of a range whose words were ever written, a page of words
+        at a time: a huge sparse file costs nothing. Each is looked for when it is asked for."""
+        at, end = CTL_BYTES + 4 * index, CTL_BYTES + 4 * (index + nr_pages)
         while at < end:
             try:
                 at = os.lseek(self.ctl_fd, at, os.SEEK_DATA)
@@ -253,7 +254,7 @@ class PageCache:
                 return
             stop = min((at // PAGE_SIZE + 1) * PAGE_SIZE, end)
             if at < stop:
-                yield (at - CTL_BYTES) // 4, (stop - CTL_BYTES) // 4
+                yield (at - CTL_BYTES) // 4, (stop - at) // 4
             at = stop
 
     def _state_of_what_is_there(self, index: int) -> int:

@@ -436,7 +436,7 @@ class Mm:
         if cache is None:
             return 0
         written = 0
-        for first, n in _chunks(region.pgoff + index, nr_pages):
+        for first, n in cache.touched(region.pgoff + index, nr_pages):
             written += yield from self.write_back(cache, first, n)
             yield self.cond_resched()
         yield from cache.fsync()
@@ -451,7 +451,7 @@ class Mm:
             return 0
         handle, generation = region.handle, region.generation
         freed = 0
-        for first, n in _chunks(region.pgoff + index, nr_pages):
+        for first, n in cache.touched(region.pgoff + index, nr_pages):
             yield from self.write_back(cache, first, n)
             region = self.live(handle, generation)
             evicted = cache.evict_clean(first, n)
