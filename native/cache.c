@@ -181,8 +181,13 @@ void uvm_cache_adopt(struct uvm_cache *c, uint64_t index)
 /* The other way round: our word says that the page is there, and the kernel that it is not. */
 void uvm_cache_disown(struct uvm_cache *c, uint64_t index)
 {
-	if (!uvm_cache_has(c, index) &&
-	    uvm_folio_move(c, index, UVM_FOLIO_UPTODATE, UVM_FOLIO_ABSENT))
+	if (uvm_cache_has(c, index) ||
+	    !uvm_folio_move(c, index, UVM_FOLIO_UPTODATE, UVM_FOLIO_EVICTING))
+		return;
+	/* Now it is held: was it evicted and filled again between question and answer? */
+	bool here = uvm_cache_has(c, index);
+	uvm_folio_move(c, index, UVM_FOLIO_EVICTING, here ? UVM_FOLIO_UPTODATE : UVM_FOLIO_ABSENT);
+	if (!here)
 		uvm_cache_uncharge(c, 1);
 }
 

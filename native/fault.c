@@ -256,6 +256,9 @@ static uint32_t act_unregister_stray(struct vm_fault *v)
 static uint32_t settle_truth(struct vm_fault *v, int commit, bool locked)
 {
 	int truth = uvm_kernel_truth(v->region, v->index);
+	/* A page that is swapped out looks like a marker, but it does not fault as missing. */
+	if (!locked && v->f->kind == UVM_KIND_MISSING && truth == UVM_TRUTH_PRESENT_WP)
+		truth = UVM_TRUTH_MARKER;
 	if (truth < 0)
 		return wake(v); /* the kernel did not say: run the instruction again */
 	const struct uvm_settled *s = uvm_settle_truth(commit, truth, v->region->backing);
@@ -427,8 +430,9 @@ static bool page_take(struct uvm_region *r, uint64_t index)
 		return atomic_load(&r->ptes[index]) != UVM_PTE_POISONED &&
 		       uvm_folio_move(r->cache, r->pgoff + index, UVM_FOLIO_ABSENT,
 				      UVM_FOLIO_FILLING);
-	uint8_t none = UVM_PTE_NONE;
-	bool taken = atomic_compare_exchange_strong(&r->ptes[index], &none, UVM_PTE_BUSY);
+	uint8_t pte = atomic_load(&r->ptes[index]); /* a marker is a hole too */
+	bool taken = (pte == UVM_PTE_NONE || pte == UVM_PTE_NONE_WP) &&
+		     atomic_compare_exchange_strong(&r->ptes[index], &pte, UVM_PTE_BUSY);
 	if (taken && r->touched)
 		atomic_store_explicit(&r->touched[index / UVM_PAGE], 1, memory_order_relaxed);
 	return taken;

@@ -478,7 +478,9 @@ int uvm_inline_fault(uint64_t address, bool write)
 			kind = write && present && is_protected(r, index, entry) ? UVM_KIND_WP
 										 : UVM_KIND_MINOR;
 	} else if (write && present && r->register_mode & UFFDIO_REGISTER_MODE_WP) {
-		kind = UVM_KIND_WP;
+		/* Of a page that we do not protect the kernel is asked: it may have been dropped. */
+		bool armed = entry == UVM_PTE_WRITE_PROTECTED || entry == UVM_PTE_ZERO_WP;
+		kind = armed || is_protected(r, index, entry) ? UVM_KIND_WP : UVM_KIND_MISSING;
 	}
 	(void)pte;
 	uvm_region_put(r);

@@ -230,3 +230,30 @@ def test_ctrl_c_reaches_an_inline_toucher_that_waits_for_another_threads_read() 
         region.close()
         """
     )
+
+
+@pytest.mark.parametrize("service", ["native", "inline", "python"])
+@pytest.mark.parametrize("kind", ["anonymous", "c"])
+def test_page_that_was_dropped_and_then_protected_is_found_missing(service: str, kind: str) -> None:
+    """Protection of a hole plants a marker, which looks like a page that is swapped out."""
+    run(
+        f"""
+        import ctypes, mmap
+        if {kind!r} == "c":
+            region = uv.map(file.name, "c", track=True, service="{service}", deadline=5)
+        else:
+            region = uv.anonymous(64 * PAGE, track=True, service="{service}", deadline=5)
+        first = data[5 * PAGE] if {kind!r} == "c" else 0
+        with region, region.buffer as b:
+            for at in range(0, 64 * PAGE, PAGE):
+                b[at] = 1
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.madvise.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+            assert libc.madvise(region.address, 64 * PAGE, mmap.MADV_DONTNEED) == 0
+            assert region.protect() == 64 * PAGE
+            with within(4):
+                assert b[5 * PAGE] == first
+                b[6 * PAGE] = 2
+                assert b[6 * PAGE] == 2
+        """
+    )

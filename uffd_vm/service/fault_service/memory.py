@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from uffd_vm.errors import StaleRegionError
 from uffd_vm.fault.action import Action, Commit, Counter, ErrnoClass, Settlement, Truth
-from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultResult
+from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultKind, FaultResult
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.settle import classify_errno
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
@@ -71,6 +71,8 @@ _MAJOR = int(FaultResult.MAJOR)
 _ERROR = int(VM_FAULT_ERROR)
 _DEADLINE = int(FaultFlag.DEADLINE)
 _WRITE = int(Access.WRITE)
+_MISSING = int(FaultKind.MISSING)
+_SCAN = int(Action.SCAN)
 _BEYOND_SIZE = int(FaultFlag.BEYOND_SIZE)
 _PTE_MASK = (1 << CACHED_SHIFT) - 1
 _NONE_WP = int(PteState.NONE_WP)
@@ -546,7 +548,9 @@ def verify(mm: Mm, vmf: VmFault[P], walked: Walked[P], result: VmFaultT, row: in
     if truth == Truth.POISONED and region.ptes[index] != _POISONED:
         truth = Truth.PRESENT
     elif truth == Truth.MARKER and region.ptes[index] in _MAPPED_WP:
-        truth = Truth.PRESENT_WP
+        # But a page that is swapped out does not fault as missing.
+        if vmf.kind != _MISSING or policy.ACTION[vmf.row] != _SCAN:
+            truth = Truth.PRESENT_WP
     settlement, result, row = policy.settle_truth(policy.COMMIT[vmf.row], truth, region.backing)
     vmf.settlement = settlement
     with lock_pte(walked) as pte:
