@@ -669,32 +669,53 @@ static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f,
  * one, the next keeps the other worker at work. */
 enum { READAHEAD_BLOCKS = 2 };
 
-/* The page where the block of `nr_pages` (a power of two) behind `index` starts. Blocks are aligned in the
- * address space, so that none crosses a page-table lock. */
-static uint64_t next_block(const struct uvm_region *r, uint64_t index, uint64_t nr_pages)
+enum reader { READS_ANYWHERE, READS_UP, READS_DOWN };
+
+/* The page where the block of `nr_pages` (a power of two) that holds `index` starts. Blocks are aligned in
+ * the address space, so that none crosses a page-table lock; the first one of a region may be cut. */
+static uint64_t block_start(const struct uvm_region *r, uint64_t index, uint64_t nr_pages)
+{
+	uint64_t into = uvm_region_addr(r, index) >> UVM_PAGE_SHIFT & (nr_pages - 1);
+	return index > into ? index - into : 0;
+}
+
+/* The page behind that block. */
+static uint64_t block_end(const struct uvm_region *r, uint64_t index, uint64_t nr_pages)
 {
 	uint64_t vpn = uvm_region_addr(r, index) >> UVM_PAGE_SHIFT;
 	return index + nr_pages - (vpn & (nr_pages - 1));
 }
 
+/* Whoever reads on: the next page behind what was brought or asked for, or one inside that the workers have
+ * not come to yet, such as a marker. Downwards too: memmove() copies from the end where that suits it. */
+static enum reader reader_of(const struct uvm_region *r, uint64_t index, uint64_t advice)
+{
+	uint64_t prev = atomic_load_explicit(&r->ra_prev, memory_order_relaxed);
+	if (r->readahead_pages <= 1 || advice == UVM_ADVICE_RANDOM)
+		return READS_ANYWHERE;
+	if (advice == UVM_ADVICE_SEQUENTIAL ||
+	    (index > prev && index <= atomic_load_explicit(&r->ra_end, memory_order_relaxed)))
+		return READS_UP;
+	if (index < prev && index + 1 >= atomic_load_explicit(&r->ra_start, memory_order_relaxed))
+		return READS_DOWN;
+	return READS_ANYWHERE;
+}
+
 /* ondemand_readahead(): what a fault brings by itself (fault-around), and whether it is one of a sequential
  * reader: then *block says how much to read ahead at a time, twice as much as the last time. */
-static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, uint64_t *block)
+static enum reader plan_window(struct uvm_region *r, uint64_t index, struct window *w,
+			       uint64_t *block)
 {
 	uint64_t around = r->fault_around_pages;
 	uint64_t advice = __atomic_load_n(&r->ctl->advice, __ATOMIC_RELAXED);
-	uint64_t prev = atomic_load_explicit(&r->ra_prev, memory_order_relaxed);
-	uint64_t end = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
-	/* Inside (prev, end): a marker, or a page that the workers have not come to yet. */
-	bool sequential = r->readahead_pages > 1 && advice != UVM_ADVICE_RANDOM &&
-			  (advice == UVM_ADVICE_SEQUENTIAL || (index > prev && index <= end));
+	enum reader reader = reader_of(r, index, advice);
 
 	if (advice == UVM_ADVICE_RANDOM)
 		around = 1;
 	w->index = index & ~(around - 1);
 	w->nr_pages = around;
-	*block = 0;
-	if (sequential) {
+	*block = around;
+	if (reader != READS_ANYWHERE) {
 		uint64_t size = 2 * atomic_load_explicit(&r->ra_block, memory_order_relaxed);
 		uint64_t most = r->readahead_pages;
 		if (r->cache->shared->ctl.cap_pages / 16 <
@@ -704,40 +725,63 @@ static void plan_window(struct uvm_region *r, uint64_t index, struct window *w, 
 			size = most;
 		*block = size > 1 ? 1ull << (63 - __builtin_clzll(size)) : 1;
 	}
-	atomic_store_explicit(&r->ra_block, (uint32_t)(*block ? *block : around),
-			      memory_order_relaxed);
+	atomic_store_explicit(&r->ra_block, (uint32_t)*block, memory_order_relaxed);
 	window_clamp(r, index, w);
+	return reader;
 }
 
-/* Queues the rest of the block and the next ones. The first page of each block stays absent as a marker
- * (PG_readahead): its cheap fault keeps the blocks behind it on their way. */
-static void plan_next(struct uvm_region *r, uint64_t index, const struct window *w, uint64_t block)
+static bool queue_ahead(struct uvm_region *r, uint64_t first, uint64_t stop)
 {
-	uint64_t from = w->index + w->nr_pages;
-	atomic_store_explicit(&r->ra_prev, index, memory_order_relaxed);
-	if (!block) {
-		atomic_store_explicit(&r->ra_end, from, memory_order_relaxed);
-		return;
-	}
-	uint64_t stop = next_block(r, index, block) + READAHEAD_BLOCKS * block;
-	uint64_t end = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
+	if (first >= stop)
+		return true;
+	if (uvm_queue_fill(uvm_region_handle(r), first, stop - first) < 0)
+		return false; /* enough to do already */
+	uvm_count(r, UVM_COUNTER_READAHEAD, stop - first);
+	return true;
+}
 
-	if (stop > r->nr_pages)
-		stop = r->nr_pages;
-	if (from < end)
-		from = end;
-	while (from < stop) {
-		uint64_t next = next_block(r, from, block), first = from;
-		if (first == next - block) /* the marker */
-			first++;
-		if (next > stop)
-			next = stop;
-		if (first < next && uvm_queue_fill(uvm_region_handle(r), first, next - first) < 0)
-			break; /* enough to do already */
-		uvm_count(r, UVM_COUNTER_READAHEAD, next - first);
-		from = next;
+/* Queues the rest of the block and the next ones. The page of each block that the reader comes to first stays
+ * absent as a marker (PG_readahead): its cheap fault keeps the blocks behind it on their way. */
+static void plan_next(struct uvm_region *r, uint64_t index, const struct window *w,
+		      enum reader reader, uint64_t block)
+{
+	uint64_t start = w->index, end = w->index + w->nr_pages;
+
+	if (reader == READS_UP) {
+		uint64_t asked = atomic_load_explicit(&r->ra_end, memory_order_relaxed);
+		uint64_t stop = block_end(r, index, block) + READAHEAD_BLOCKS * block;
+		if (stop > r->nr_pages)
+			stop = r->nr_pages;
+		if (end < asked)
+			end = asked;
+		while (end < stop) {
+			uint64_t next = block_end(r, end, block);
+			bool marker = end == block_start(r, end, block);
+			if (next > stop)
+				next = stop;
+			if (!queue_ahead(r, end + marker, next))
+				break;
+			end = next;
+		}
+		start = index;
+	} else if (reader == READS_DOWN) {
+		uint64_t asked = atomic_load_explicit(&r->ra_start, memory_order_relaxed);
+		uint64_t stop = block_start(r, index, block);
+		stop = stop > READAHEAD_BLOCKS * block ? stop - READAHEAD_BLOCKS * block : 0;
+		if (start > asked)
+			start = asked;
+		while (start > stop) {
+			uint64_t next = block_start(r, start - 1, block);
+			bool marker = start == block_end(r, start - 1, block);
+			if (!queue_ahead(r, next, start - marker))
+				break;
+			start = next;
+		}
+		end = index;
 	}
-	atomic_store_explicit(&r->ra_end, from, memory_order_relaxed);
+	atomic_store_explicit(&r->ra_prev, index, memory_order_relaxed);
+	atomic_store_explicit(&r->ra_start, start, memory_order_relaxed);
+	atomic_store_explicit(&r->ra_end, end, memory_order_relaxed);
 }
 
 static const struct uvm_row *around_row(const struct uvm_region *r)
@@ -755,7 +799,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 
 	if (v->f->kind == UVM_KIND_MINOR)
 		return RESTART; /* the cache had it when the kernel asked; look again */
-	plan_window(v->region, v->index, &w, &block);
+	enum reader reader = plan_window(v->region, v->index, &w, &block);
 	w.demand = v->index;
 	w.row = v->row;
 	w.around = around_row(v->region);
@@ -767,7 +811,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 		/* The page itself may be good where a neighbour is not. */
 		w.index = v->index;
 		w.nr_pages = 1;
-		block = 0;
+		reader = READS_ANYWHERE;
 		done = fill_window(v->x, v->f, &v->region, &w, &end, &demand_ok);
 		if (!v->region)
 			return wake(v);
@@ -789,7 +833,7 @@ static uint32_t act_read_folio(struct vm_fault *v)
 	v->found = end.found;
 	if (w.nr_pages > 1)
 		uvm_count(v->region, UVM_COUNTER_MAP_AROUND, w.nr_pages - 1);
-	plan_next(v->region, v->index, &w, block);
+	plan_next(v->region, v->index, &w, reader, block);
 	return v->row->result;
 }
 

@@ -194,8 +194,9 @@ struct uvm_region {
 				   * where the memfd knows */
 
 	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
-	_Atomic uint64_t ra_prev;  /* the last fault that was answered from the file */
-	_Atomic uint64_t ra_end;   /* behind what it brought, and what was asked for ahead of it */
+	_Atomic uint64_t ra_prev; /* the last fault that was answered from the file */
+	_Atomic uint64_t ra_start,
+		ra_end;            /* of what it brought and what was asked for ahead of it */
 	_Atomic uint32_t ra_block; /* pages at a time */
 
 	/* The last failures, newest overwrites oldest; under failure_lock. */

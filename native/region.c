@@ -429,6 +429,7 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 		a->readahead_pages > UVM_PMD_PAGES ? UVM_PMD_PAGES : a->readahead_pages;
 	r->deadline_ns = a->deadline_ns;
 	atomic_store(&r->ra_prev, UVM_NO_INDEX);
+	atomic_store(&r->ra_start, UVM_NO_INDEX);
 	atomic_store(&r->ra_end, 0);
 	atomic_store(&r->ra_block, r->fault_around_pages);
 	if (atomic_exchange(&r->nr_failures, 0))
@@ -718,6 +719,7 @@ int uvm_region_advise(int64_t handle, int advice)
 	if (known) {
 		__atomic_store_n(&r->ctl->advice, (uint64_t)advice, __ATOMIC_RELAXED);
 		atomic_store(&r->ra_prev, UVM_NO_INDEX);
+		atomic_store(&r->ra_start, UVM_NO_INDEX);
 	}
 	uvm_region_put(r);
 	return known ? 0 : -EINVAL;

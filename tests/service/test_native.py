@@ -267,6 +267,23 @@ def test_read_ahead_finds_sequential_access_and_is_bounded(make_file) -> None:
         assert region.residency().resident_bytes <= limit * PAGE_SIZE
 
 
+@pytest.mark.parametrize("service", ["native", "inline"])
+def test_read_ahead_goes_down_too_and_is_bounded(make_file, service: str) -> None:
+    """memmove() copies from the end where source and target lie so, as they do in array.copy()."""
+    nr_pages = 2048
+    path = make_file(nr_pages)
+    data = path.read_bytes()
+    with uv.map(path, service=service, readahead_bytes="256KiB") as region:
+        buffer = region.buffer
+        for page in range(nr_pages - 1, nr_pages // 2, -1):
+            assert buffer[page * PAGE_SIZE] == data[page * PAGE_SIZE]
+        buffer.release()
+        stats = region.stats()
+        assert stats["readahead"] > nr_pages // 4
+        assert stats["pgfault"] < nr_pages // 2 // 16, "fewer faults than fault-around alone"
+        assert region.residency().resident_bytes <= (nr_pages // 2 + 3 * 64) * PAGE_SIZE
+
+
 @pytest.mark.parametrize("how", ["random order", "advice", "off"])
 def test_read_ahead_stays_away(make_file, how: str) -> None:
     path = make_file(1024)
