@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.floor import BUILD, PAGE, warm
+from benchmarks.floor import BUILD, PAGE, Floor, Handler, warm
 from benchmarks.library import Region, Unavailable
 from benchmarks.measure import (
     Options,
@@ -29,6 +29,13 @@ from benchmarks.report import Bound, Row, make_row
 from benchmarks.scan import missing_scan
 
 MOUNT_SECONDS = 10.0
+#: Where the toucher runs. A peer's server runs wherever the kernel likes.
+PLACES: tuple[tuple[str, int | None], ...] = (("pinned", machine.CPUS[0]), ("floating", None))
+#: What plain C reaches in the same run.
+C_HANDLERS: tuple[tuple[str, Handler, int | None], ...] = (
+    ("C handler, same CPU", Handler.THREAD, machine.CPUS[0]),
+    ("C SIGBUS handler", Handler.SIGBUS, None),
+)
 
 
 class Memmap:
@@ -150,15 +157,19 @@ def run(options: Options) -> list[Row]:
 
 
 def random_rows(options: Options, path: Path) -> list[Row]:
-    def touches(mapped: Memmap, number: int) -> Round:
-        chosen = machine.random_pages(number, options.pages, options.touches)
-        # A page of a mount or of a local file may be present already: that is the peer's merit.
-        return latency_round(
-            mapped,
-            [page * PAGE for page in chosen],
-            expected=machine.page_words(chosen),
-            from_missing=False,
-        )
+    def touches(cpu: int | None) -> Callable[[Memmap, int], Round]:
+        def measure(mapped: Memmap, number: int) -> Round:
+            chosen = machine.random_pages(number, options.pages, options.touches)
+            # A page of a mount or of a local file may be present already: that is the peer's merit.
+            return latency_round(
+                mapped,
+                [page * PAGE for page in chosen],
+                expected=machine.page_words(chosen),
+                cpu=cpu,
+                from_missing=False,
+            )
+
+        return measure
 
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
@@ -169,30 +180,46 @@ def random_rows(options: Options, path: Path) -> list[Row]:
                     options.library.map_file(path, service=service, one_page=True)
                 )
             except Exception as error:
-                runners[service] = unavailable(error)
+                for name, _ in PLACES:
+                    runners[f"{service}, {name}"] = unavailable(error)
             else:
-                runners[service] = random_touches(options, region)
-        runners["fuse"] = over_fuse(options, mmap.MADV_RANDOM, touches)
-        runners["local"] = on_local_file(options, mmap.MADV_RANDOM, touches)
+                for name, cpu in PLACES:
+                    runners[f"{service}, {name}"] = random_touches(options, region, cpu=cpu)
+        for name, cpu in PLACES:
+            runners[f"fuse, {name}"] = over_fuse(options, mmap.MADV_RANDOM, touches(cpu))
+        for name, handler, cpu in C_HANDLERS:
+            floor = stack.enter_context(Floor(path, options.file_bytes, handler=handler, cpu=cpu))
+            runners[name] = random_touches(options, floor, cpu=PLACES[0][1])
+        runners["local"] = on_local_file(options, mmap.MADV_RANDOM, touches(None))
         results = interleave(options, runners)
-    note = "floor: np.memmap, MADV_RANDOM, over a fresh bindfs --multithreaded mount"
     rows = [
         make_row(
-            f"random 4 KiB, {service}",
+            f"random 4 KiB, {service}, {name}",
             "us",
-            results[service],
-            results["fuse"],
+            results[f"{service}, {name}"],
+            results[f"fuse, {name}"],
             Bound(limit, on="speedup", better="higher"),
-            note,
+            "floor: np.memmap, MADV_RANDOM, over a fresh bindfs --multithreaded mount; placed alike",
         )
         for service, limit in (("native", 2.0), ("inline", 2.5))
+        for name, _ in PLACES
+    ]
+    rows += [
+        make_row(
+            f"random 4 KiB, {name}",
+            "us",
+            results[name],
+            results["fuse, pinned"],
+            note="not part of uffd_vm: how far a userfaultfd handler can be ahead of this FUSE here",
+        )
+        for name, _, _ in C_HANDLERS
     ]
     rows.append(
         make_row(
             "random 4 KiB, np.memmap of the local file",
             "us",
             results["local"],
-            results["fuse"],
+            results["fuse, floating"],
             note="not part of uffd_vm: for a plain local file this is the right tool",
         )
     )
