@@ -631,6 +631,27 @@ def test_threads_unknown_to_python_make_the_failure_sticky() -> None:
     )
 
 
+@pytest.mark.parametrize("blocked", ["SIGBUS", "SIGTRAP", "SIGUSR1"])
+def test_a_thread_that_blocks_our_signals_cannot_be_told(blocked: str) -> None:
+    """The kernel ends a process that may not be sent what its instruction has earned: as the page in the
+    documents says, and never wrong data."""
+    ours = blocked != "SIGUSR1"
+    out = run(
+        f"""
+        region = uv.map(make_file(64).name, service="native", **one_page)
+        b = region.buffer
+        fail()
+        def touch():
+            signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{blocked}}})
+            error = raises(uv.SourceError, lambda: bytes(b[7 * PAGE : 7 * PAGE + 10]))
+            print("told", error.index)
+        in_thread(touch)
+        """,
+        status=-getattr(signal, blocked) if ours else 0,
+    )
+    assert ("told 7" in out) != ours
+
+
 @pytest.mark.parametrize("service", ["native", "inline"])
 @pytest.mark.parametrize("handler", ["enable", "disable"])
 def test_sigbus_leaves_the_signal_to_do_what_it_does(handler: str, service: str) -> None:
