@@ -726,7 +726,12 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 
 /* memcg charge before commit: reclaim first when it would go over the cap. False: no room without
  * writing back, and the caller may not wait for that. A caller that may goes over the cap when nothing
- * can be taken back (all pages dirty in processes out of our reach): late memory beats a hang. */
+ * can be taken back (all pages dirty in processes out of our reach): late memory beats a hang.
+ *
+ * XXX A forked child that is killed between moving folio words and counting them leaves nr_used off by that
+ * window, for good: too high, the cap is smaller by so much (and gives way, at worst); too low, larger. A
+ * recount would have to hold all threads off that are between the two: no lock does, and a count of the
+ * words beside them is off by their windows in turn. */
 bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back)
 {
 	struct uvm_cache_ctl *ctl = &c->shared->ctl;
