@@ -275,7 +275,7 @@ void uvm_process_stats(struct uvm_process_stats *out);
 
 /* ---- the compiled policy, for tests and for uffd-vm table -------------------------------------- */
 const uint8_t *uvm_table(int which,
-			 uint64_t *len); /* 0 cells 1 admit 2 rows 3 settle 4 legal_pte */
+			 uint64_t *len); /* 0 cells 1 admit 2 rows 3 settle 4 legal_pte 5 truth */
 
 /* cdef end */
 

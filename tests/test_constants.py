@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
+from uffd_vm.fault.table import compile_tables
 from uffd_vm.kernel import features, mapping, msg, uffd
 from uffd_vm.kernel._lib import ffi, lib
 
@@ -148,3 +149,14 @@ def test_page_size_is_the_machines():
     from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 
     assert os.sysconf("SC_PAGE_SIZE") == PAGE_SIZE == 1 << PAGE_SHIFT
+
+
+def test_the_extension_holds_the_tables_of_the_policy():
+    """It was built from uffd_vm/fault/ as it was then."""
+    tables = compile_tables()
+    order = ("cells", "admit", "rows", "settle", "legal_pte", "truth")
+    for which, name in enumerate(order):
+        nr_bytes = ffi.new("uint64_t *")
+        built = lib.uvm_table(which, nr_bytes)
+        assert bytes(ffi.buffer(built, nr_bytes[0])) == getattr(tables, name), name
+    assert lib.uvm_table(len(order), nr_bytes) == ffi.NULL

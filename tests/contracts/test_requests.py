@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,6 @@ DATA = pattern(NR_PAGES * PAGE_SIZE, 6)
 OURS = ("native", "python", "inline")
 SERVICES = (*OURS, "kernel")
 MODES = ("r", "c", "r+")
-
-Make = Callable[..., uv.Region]
 
 
 @pytest.fixture(autouse=True)

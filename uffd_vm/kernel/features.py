@@ -297,7 +297,6 @@ FIRST_KERNEL: Mapping[Feature, tuple[int, int]] = {
 """For messages only: what there is, is probed."""
 
 PAGEMAP_SCAN_KERNEL = (6, 7)
-DEVICE_KERNEL = (6, 1)
 KERNELS: tuple[tuple[int, int], ...] = ((5, 15), (6, 1), (6, 8), (6, 18))
 """The kernels that the feature table shows: long-term ones of the distributions, and the newest."""
 

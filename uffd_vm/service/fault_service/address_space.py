@@ -67,7 +67,6 @@ class Region:
     readahead_next: int = -1  # where a sequential reader would fault next
     readahead_window: int = 0
     neighbour_commit: int = field(init=False)  # what the policy would do for a reader of one
-    neighbour_pte: int = field(init=False)
     shared: bool = field(init=False)  # COPY into this mapping fills the page cache
     private_pages: bool = field(init=False)  # content lives in private copies, not in the cache
     ptes: memoryview = field(init=False)
@@ -81,7 +80,6 @@ class Region:
         )
         around = policy.decide(_MISSING, _READ, self.backing, _NONE, self.flags)
         self.neighbour_commit = policy.COMMIT[around]
-        self.neighbour_pte = policy.NEXT_PTE[around]
         # Anonymous memory: takes room only for pages that were touched.
         self.versions = memoryview(mmap.mmap(-1, 4 * self.nr_pages)).cast("I")
 

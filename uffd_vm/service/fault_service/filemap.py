@@ -330,7 +330,7 @@ class PageCache:
 
     # --- reads ----------------------------------------------------------------------------------
 
-    def start_read(self, index: int, nr_pages: int, may_block: bool = True) -> Read:
+    def start_read(self, index: int, nr_pages: int) -> Read:
         """Locks the folios and starts to bring them in. Complete already if no disk is waited for."""
         read = Read(self, index, nr_pages)
         self.set_state(index, nr_pages, _FILLING)
