@@ -168,3 +168,18 @@ def test_dirty_pages_that_a_child_may_write_to_do_not_keep_clean_ones_in(make_fi
             os.close(go)
             os.close(ready)
             assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
+def test_what_evict_has_emptied_does_not_hide_what_is_there(make_file, service):
+    cap = 128 * PAGE_SIZE
+    path = make_file(16 * cap)
+    want = path.read_bytes()
+    with uv.map(path, service=service, cap=cap) as region:
+        for i in range(24):
+            at = i * 7 % 12 * cap
+            with region.buffer as buffer:
+                assert buffer[at : at + 3 * cap] == want[at : at + 3 * cap]
+            if i % 3 == 0:
+                region.evict()
+        check_all(region)

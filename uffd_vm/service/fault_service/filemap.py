@@ -424,13 +424,14 @@ class PageCache:
         instruction that needs two pages would have one of them taken for the other, and the other for
         the one, for ever. Returns how many."""
         freed = 0
-        for _ in range(len(self._extents)):
-            if self.room_for(nr_pages):
-                break
+        left = len(self._extents)  # each once, however many pieces it is taken in
+        while left and not self.room_for(nr_pages):
             index, n = self._extents.popleft()
             take = min(n, max(nr_pages, 16))
             if take < n:
                 self._extents.appendleft((index + take, n - take))
+            else:
+                left -= 1
             freed += self.evict_clean(index, take, requeue=True)
             if any(self.state(folio) in _NOT_HOME for folio in range(index, index + take)):
                 break
