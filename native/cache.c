@@ -443,6 +443,35 @@ void uvm_cache_child_attach(struct uvm_cache *c)
 	c->child_rc = rc;
 }
 
+/* In a forked child: the parent's Python service fills the cache by rules of its own (no slots, plain stores,
+ * a queue that we cannot see), so nobody else may. The child begins an empty one, of the same version. A
+ * writable file is not ours to write any more, nor its lock to hold. */
+void uvm_cache_child_own(struct uvm_cache *c)
+{
+	struct uvm_cache parents = *c;
+	const struct uvm_cache_ctl *ctl = &parents.shared->ctl;
+	int rc = cache_make(c, parents.file_fd, ctl->size, ctl->mtime_ns,
+			    ctl->cap_pages << UVM_PAGE_SHIFT, parents.writable);
+	if (rc < 0) {
+		close_fds(c);
+		c->file_fd = parents.file_fd;
+		c->data_fd = parents.data_fd;
+		c->ctl_fd = parents.ctl_fd;
+		c->shared = parents.shared;
+		c->folios = parents.folios;
+		c->fifo = parents.fifo;
+		c->shared_bytes = parents.shared_bytes;
+	} else {
+		sys_munmap((uint64_t)(uintptr_t)parents.shared, parents.shared_bytes);
+		close_fds(&parents);
+	}
+	c->child_rc = rc;
+	if (c->writable) {
+		close(c->file_fd);
+		c->file_fd = -1;
+	}
+}
+
 uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)
 {
 	off_t from = (off_t)(UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t));

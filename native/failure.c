@@ -70,13 +70,6 @@ enum {
 #endif
 
 /* --- kernel entry ------------------------------------------------------------------------------- */
-static int sys_mremap_over(uint64_t from, uint64_t len, uint64_t to)
-{
-	void *p = mremap((void *)(uintptr_t)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED,
-			 (void *)(uintptr_t)to);
-	return p == MAP_FAILED ? -errno : 0;
-}
-
 static uint32_t sys_gettid(void)
 {
 	return (uint32_t)syscall(SYS_gettid);
@@ -1524,7 +1517,9 @@ static void sigsegv_handler(int sig, siginfo_t *info, void *context)
 
 	(void)sig;
 	if (r) {
-		if (r->writable || !is_write(context))
+		if (r->lost)
+			uvm_region_say_lost(r);
+		else if (r->writable || !is_write(context))
 			d = touch_placeholder(r, (address - r->start) >> UVM_PAGE_SHIFT);
 		uvm_region_put(r);
 		if (d == LATER)

@@ -19,7 +19,7 @@ static void child_map(struct uvm_region *r, void *arg)
 		uvm_region_child_map(r);
 }
 
-static const char *reason(int err)
+const char *uvm_lost_reason(int err)
 {
 	switch (err) {
 	case EUSERS:
@@ -32,20 +32,23 @@ static const char *reason(int err)
 		return "no memory, or vm.max_map_count is reached";
 	case EAGAIN:
 		return "no thread could be started; raise `ulimit -u`";
+	case -UVM_LOST_TO_SERVICE:
+		return "mode \"r+\" of service='python' stays with the parent; map it with "
+		       "service='native'";
 	default:
 		return "a kernel call failed";
 	}
 }
 
 /* No malloc(), no stdio streams: another thread of the parent may have held their locks. */
-static void say_inaccessible(const struct uvm_region *r, int rc)
+void uvm_region_say_lost(const struct uvm_region *r)
 {
-	char text[320];
+	char text[400];
 	int n = snprintf(text, sizeof text,
 			 "uffd_vm: the region at 0x%llx (%llu bytes) could not be served in the "
 			 "forked child %d and was made inaccessible there: %s (errno %d)\n",
 			 (unsigned long long)r->start, (unsigned long long)r->len, (int)getpid(),
-			 reason(-rc), -rc);
+			 uvm_lost_reason(-r->lost), -r->lost);
 	(void)!write(STDERR_FILENO, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1);
 }
 _Static_assert(UVM_CACHE_SLOTS == 4096, "the text of EUSERS, and docs/guide.md");
@@ -53,14 +56,29 @@ _Static_assert(UVM_CACHE_SLOTS == 4096, "the text of EUSERS, and docs/guide.md")
 static void child_region(struct uvm_region *r, void *arg)
 {
 	int rc = *(int *)arg;
+	r->shared = r->cache ? r->cache->shared : NULL;
 	if (atomic_load(&r->state) != UVM_REGION_LIVE)
 		return; /* perhaps unmapped already: the range may be somebody else's */
+	atomic_store(&r->in_flight, 0);
+	if (r->lost) {
+		/* Programs fork for much else, so who touches it is told; or now, where no handler of
+		 * ours will see that. */
+		if (r->service == UVM_SERVICE_PYTHON) {
+			(void)uvm_region_child_to_native(r);
+			if (!uvm_sigbus_in_force())
+				uvm_region_say_lost(r);
+		}
+		return;
+	}
 	if (rc == 0 && r->cache)
 		rc = r->cache->child_rc;
 	if (rc == 0)
 		rc = uvm_region_child(r);
+	r->lost = rc < 0 ? rc : 0;
 	if (rc < 0) {
-		say_inaccessible(r, rc);
+		uvm_region_say_lost(r);
+		if (r->service == UVM_SERVICE_PYTHON)
+			(void)uvm_region_child_to_native(r);
 		if (r->child_rc == 0) /* else there is nothing of ours at its address */
 			(void)mprotect((void *)(uintptr_t)r->start, r->len, PROT_NONE);
 	}
@@ -79,7 +97,10 @@ static void child_cache(struct uvm_region *r, void *arg)
 		if (seen[i] == r->cache)
 			return;
 	seen[nr_seen++] = r->cache;
-	uvm_cache_child_attach(r->cache);
+	if (uvm_region_python_cached(r))
+		uvm_cache_child_own(r->cache);
+	else
+		uvm_cache_child_attach(r->cache);
 }
 
 static void count_closing(struct uvm_region *r, void *arg)

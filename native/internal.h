@@ -160,6 +160,7 @@ static inline bool uvm_folio_begins_page(uint64_t index)
 void uvm_cache_child_attach(struct uvm_cache *c);
 void uvm_caches_prepare(void); /* around fork; parent: also in the child */
 void uvm_caches_parent(void);
+void uvm_cache_child_own(struct uvm_cache *c);
 void uvm_caches_child_begin(void);
 void uvm_caches_child_end(void);
 
@@ -180,8 +181,9 @@ struct uvm_region {
 	unsigned flags; /* FaultFlag */
 	int prot;
 	uint64_t register_mode;
-	int child_rc;                          /* in a forked child: how mapping it again ended */
-	struct uvm_cache *cache;               /* NULL: anonymous */
+	int child_rc;            /* in a forked child: how mapping it again ended */
+	int lost;                /* there: why it is inaccessible, -errno; UVM_LOST_TO_SERVICE */
+	struct uvm_cache *cache; /* NULL: anonymous */
 	const struct uvm_cache_shared *shared; /* the cache's */
 	uint32_t fault_around_pages, readahead_pages;
 	uint64_t deadline_ns;
@@ -228,6 +230,16 @@ void uvm_for_each_region_locked(void (*fn)(struct uvm_region *r, void *arg), voi
 /* After fork: map it again, all regions before anything else is mapped; then register and arm it. */
 void uvm_region_child_map(struct uvm_region *r);
 int uvm_region_child(struct uvm_region *r);
+int uvm_region_child_to_native(struct uvm_region *r);
+void uvm_region_say_lost(const struct uvm_region *r); /* on stderr; also in a signal handler */
+/* Its faults are the Python service's, which has filled a page cache of its own for it. */
+static inline bool uvm_region_python_cached(const struct uvm_region *r)
+{
+	return r->service == UVM_SERVICE_PYTHON && r->cache &&
+	       !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED);
+}
+/* A file that the parent's Python service writes back: no other process may write to its pages. */
+enum { UVM_LOST_TO_SERVICE = -EREMOTE };
 
 /* The page-table lock of the 2 MiB that hold address. */
 void uvm_ptl_lock(uint64_t address);

@@ -437,6 +437,7 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	memset(&r->sticky, 0, sizeof r->sticky);
 	r->cache = c;
 	r->shared = c ? c->shared : NULL;
+	r->lost = 0;
 
 	rc = ctl_map(r);
 	if (rc < 0)
@@ -562,7 +563,6 @@ static int ctl_child_copy(struct uvm_region *r)
 				 .ctl_bytes = r->ctl_bytes,
 				 .ctl_fd = r->ctl_fd,
 				 .nr_pages = r->nr_pages};
-	r->service = UVM_SERVICE_NATIVE;
 	int rc = ctl_map(r);
 	if (rc < 0)
 		return rc;
@@ -603,40 +603,122 @@ static int rearm(struct uvm_region *r)
 void uvm_region_child_map(struct uvm_region *r)
 {
 	uint64_t p;
-	/* A page_mkwrite hook is a Python function of the parent's service: nobody can ask it here, so
-	 * nobody may write here. */
-	if (r->flags & UVM_FLAG_HOOK) {
-		r->flags &= ~(unsigned)UVM_FLAG_HOOK;
-		r->writable = 0;
-		r->prot = PROT_READ;
-	}
+	bool shared = r->backing == UVM_BACKING_SHARED_FILE;
+	if (r->lost)
+		return; /* a child's child: what is there was inherited */
+	if (shared && r->writable && r->service == UVM_SERVICE_PYTHON)
+		r->lost = UVM_LOST_TO_SERVICE;
 	/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
-	if (r->backing == UVM_BACKING_SHARED_FILE)
+	if (!shared)
+		r->child_rc = 0;
+	else if (r->service == UVM_SERVICE_PYTHON) /* a place for a cache of the child's own */
+		r->child_rc =
+			sys_mmap(r->start, r->len, PROT_NONE,
+				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
+				 -1, 0, &p);
+	else
 		r->child_rc =
 			sys_mmap(r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED_NOREPLACE,
 				 r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
-	else
-		r->child_rc = 0;
+}
+
+/* The parent's Python service has no say here. */
+int uvm_region_child_to_native(struct uvm_region *r)
+{
+	int rc = uvm_service_child_move(UVM_SERVICE_PYTHON, UVM_SERVICE_NATIVE);
+	r->service = UVM_SERVICE_NATIVE;
+	return rc < 0 ? rc : ctl_child_copy(r);
+}
+
+/* Copies the private pages of r to the same places of a mapping at temp. Others are not there, or the parent's
+ * cache's, which the child does not use. */
+static int copy_private_pages(struct uvm_region *r, uint64_t temp)
+{
+	enum { PER_READ = 512 };
+	const uint64_t present = 1ull << 63, swapped = 1ull << 62, of_file = 1ull << 61;
+	uint64_t entries[PER_READ];
+	int rc = 0, fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	for (uint64_t at = 0; at < r->nr_pages && rc == 0; at += PER_READ) {
+		uint64_t n = r->nr_pages - at < PER_READ ? r->nr_pages - at : PER_READ;
+		int64_t got = sys_pread(fd, entries, n * sizeof *entries,
+					(int64_t)((r->start >> UVM_PAGE_SHIFT) + at) *
+						(int64_t)sizeof *entries);
+		if (got != (int64_t)(n * sizeof *entries))
+			rc = got < 0 ? (int)got : -EIO;
+		for (uint64_t i = 0; i < n && rc == 0; i++) {
+			if (!(entries[i] & (present | swapped)) || entries[i] & of_file)
+				continue;
+			/* Looks like a page that is swapped out. */
+			if (atomic_load(&r->ptes[at + i]) == UVM_PTE_POISONED)
+				continue;
+			uint64_t offset = (at + i) << UVM_PAGE_SHIFT;
+			struct uvm_done copied =
+				sys_uffd_copy(uvm_service_uffd(r->service), temp + offset,
+					      r->start + offset, UVM_PAGE, 0);
+			rc = -copied.err;
+			if (rc == 0)
+				uvm_set_pte(r, at + i, UVM_PTE_PRESENT);
+		}
+	}
+	close(fd);
+	return rc;
+}
+
+/* In place of the parent's cache its own: mapped elsewhere first, filled with the private pages (by COPY, since
+ * a store into a hole would put a page of zeros into the cache), and moved over what was inherited. The uffd
+ * lets go of it before: it would have somebody wait for its event, whom there is not yet. */
+static int map_own_cache_private(struct uvm_region *r)
+{
+	uint64_t temp;
+	int uffd = uvm_service_uffd(r->service);
+	int rc = sys_mmap(0, r->len, r->prot, MAP_PRIVATE | MAP_NORESERVE, r->cache->data_fd,
+			  (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &temp);
+	if (rc < 0)
+		return rc;
+	MADV_OR_IGNORE(temp, r->len, MADV_NOHUGEPAGE);
+	rc = sys_uffd_register(uffd, temp, r->len, UFFDIO_REGISTER_MODE_MISSING, NULL);
+	if (rc == 0)
+		rc = copy_private_pages(r, temp);
+	if (rc == 0)
+		rc = sys_uffd_unregister(uffd, temp, r->len);
+	if (rc == 0)
+		rc = sys_mremap_over(temp, r->len, r->start);
+	if (rc < 0)
+		sys_munmap(temp, r->len);
+	return rc;
+}
+
+static int map_own_cache(struct uvm_region *r)
+{
+	uint64_t p;
+	for (uint64_t i = uvm_next_touched(r, 0); i < r->nr_pages; i = uvm_next_touched(r, i + 1))
+		if (atomic_load(&r->ptes[i]) != UVM_PTE_POISONED)
+			uvm_set_pte(r, i, UVM_PTE_NONE);
+	if (r->backing == UVM_BACKING_SHARED_FILE)
+		return sys_mmap(r->start, r->len, r->prot, MAP_SHARED | MAP_FIXED,
+				r->cache->data_fd, (int64_t)(r->pgoff << UVM_PAGE_SHIFT), &p);
+	int rc = map_own_cache_private(r);
+	for (uint64_t i = uvm_next_touched(r, 0); i < r->nr_pages; i = uvm_next_touched(r, i + 1))
+		if (atomic_load(&r->ptes[i]) == UVM_PTE_POISONED)
+			uvm_set_pte(r, i, UVM_PTE_NONE); /* not in the new mapping */
+	return rc < 0 ? rc : uvm_cache_alias(r->cache, r->service);
 }
 
 int uvm_region_child(struct uvm_region *r)
 {
 	int rc = r->child_rc;
-	bool shared = r->backing == UVM_BACKING_SHARED_FILE;
+	bool shared = r->backing == UVM_BACKING_SHARED_FILE, own = uvm_region_python_cached(r);
 
-	atomic_store(&r->in_flight, 0);
 	if (rc < 0)
 		return rc;
-	if (r->service == UVM_SERVICE_PYTHON) {
-		rc = uvm_service_child_move(UVM_SERVICE_PYTHON, UVM_SERVICE_NATIVE);
-		if (rc == 0)
-			rc = ctl_child_copy(r);
-		if (rc == 0 && r->backing == UVM_BACKING_PRIVATE_FILE &&
-		    !(r->flags & UVM_FLAG_TRACKED))
-			rc = uvm_cache_alias(r->cache, UVM_SERVICE_NATIVE);
-		if (rc < 0)
-			return rc;
-	}
+	if (r->service == UVM_SERVICE_PYTHON)
+		rc = uvm_region_child_to_native(r);
+	if (rc == 0 && own)
+		rc = map_own_cache(r);
+	if (rc < 0)
+		return rc;
 	if (shared) {
 		MADV_OR_IGNORE(r->start, r->len, MADV_NOHUGEPAGE);
 		for (uint64_t i = uvm_next_touched(r, 0); i < r->nr_pages;
@@ -690,8 +772,9 @@ int uvm_region_check(int64_t handle)
 	struct uvm_region *r = uvm_region_by_handle(handle);
 	if (!r)
 		return -ESTALE;
+	int rc = r->lost;
 	uvm_region_put(r);
-	return 0;
+	return rc;
 }
 
 int uvm_region_settle(int64_t handle)

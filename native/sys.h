@@ -249,6 +249,13 @@ static inline int sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int
 	return 0;
 }
 
+static inline int sys_mremap_over(uint64_t from, uint64_t len, uint64_t to)
+{
+	void *p = mremap((void *)(uintptr_t)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED,
+			 (void *)(uintptr_t)to);
+	return p == MAP_FAILED ? -errno : 0;
+}
+
 static inline int sys_munmap(uint64_t addr, uint64_t len)
 {
 	return uvm_rc(munmap((void *)(uintptr_t)addr, len));

@@ -168,7 +168,9 @@ int uvm_region_close_abort(int64_t region);
 int uvm_region_close_end(int64_t region);
 struct uvm_region_ctl *uvm_region_ctl(int64_t region); /* NULL if stale */
 uint8_t *uvm_region_ptes(int64_t region);
-int uvm_region_check(int64_t region); /* 0, -ESTALE */
+/* 0; -ESTALE; in a forked child also the -errno for which it could not be served there, and what to say. */
+int uvm_region_check(int64_t region);
+const char *uvm_lost_reason(int err);
 /* Waits (20 ms at most) for executors that are inside the region. A commit wakes the toucher before the
  * executor has counted and traced the fault: after this call the toucher's own faults are counted. */
 int uvm_region_settle(int64_t region);

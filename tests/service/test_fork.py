@@ -11,6 +11,7 @@ import errno
 import mmap
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import struct
@@ -123,21 +124,29 @@ def in_child_os_fork(kind: str, service: str) -> None:
             assert path.read_bytes() == DATA
 
 
-@pytest.mark.parametrize("service", ["native", "python", "inline"])
-@pytest.mark.parametrize("kind", KINDS)
+def inherited(service: str) -> tuple[str, ...]:
+    """A file that the parent's Python service writes back is not."""
+    return tuple(kind for kind in KINDS if (service, kind) != ("python", "r+"))
+
+
+@pytest.mark.parametrize(
+    ("service", "kind"),
+    [(s, kind) for s in ("native", "python", "inline") for kind in inherited(s)],
+)
 def test_os_fork(kind: str, service: str) -> None:
     run_in_child(in_child_os_fork, kind, service)
 
 
 def in_child_fork_with_many(service: str) -> None:
     """Tables, aliases and stacks that the child maps must not land where a region is to come back."""
+    kinds = inherited(service) * 4
     with ExitStack() as stack:
-        many = [stack.enter_context(mapped(kind, service=service)) for kind in KINDS * 4]
+        many = [stack.enter_context(mapped(kind, service=service)) for kind in kinds]
 
         def work() -> bytes:
             answers = [
                 content_is_right(region, kind)
-                for (region, _), kind in zip(many, KINDS * 4, strict=True)
+                for (region, _), kind in zip(many, kinds, strict=True)
             ]
             return b" ".join(sorted(set(answers)))
 
@@ -245,6 +254,271 @@ def in_child_subprocess() -> None:
 
 def test_subprocess_and_posix_spawn_are_not_disturbed() -> None:
     run_in_child(in_child_subprocess)
+
+
+# --- what the parent's Python service serves --------------------------------------------------------
+
+
+def _scan(region: uv.Region, nr_bytes: int, want: bytes, seconds: float) -> int:
+    rng, end, nr = random.Random(7), time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        at = rng.randrange(len(want) - nr_bytes)
+        with region.buffer as buffer:
+            assert buffer[at : at + nr_bytes] == want[at : at + nr_bytes]
+        nr += 1
+        if nr % 3 == 0:
+            region.evict()
+    return nr
+
+
+def in_child_python_scan(mode: str) -> tuple[int, int]:
+    """Parent and child read beside each other, each much more than fits under the cap."""
+    data, cap = pattern(8 << 20), 512 << 10
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(data)
+        with uv.map(path, mode, service="python", cap=cap, deadline=5.0) as region:
+
+            def child() -> bytes:
+                nr = _scan(region, 300_001, data, 1.5)
+                assert region.residency().cache_bytes <= cap
+                return str(nr).encode()
+
+            finish = in_thread(_scan, region, 300_001, data, 1.5)
+            status, answer = fork_and_ask(child)
+            assert status == 0
+            return int(answer), finish()
+
+
+@pytest.mark.parametrize("mode", ["r", "c"])
+def test_a_child_reads_beside_a_parent_whose_service_is_python(mode: str) -> None:
+    child, parent = run_in_child(in_child_python_scan, mode, timeout=25).value
+    assert child > 3 and parent > 3
+
+
+def in_child_python_cap() -> None:
+    data, cap = pattern(4 << 20), 256 << 10
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.bin"
+        path.write_bytes(data)
+        with uv.map(path, "r", service="python", cap=cap) as region:
+            native = lib.uvm_cache_ctl(region._ops.cache.id)
+
+            def child() -> bytes:
+                with region.buffer as buffer:
+                    assert bytes(buffer) == data
+                return b"right"
+
+            for _ in range(2):
+                assert fork_and_ask(child) == (0, b"right")
+                assert native.nr_attached == 1
+                with region.buffer as buffer:
+                    assert bytes(buffer) == data
+                assert region.residency().cache_bytes <= cap
+                assert region.evict() > 0
+                check_all(region)
+
+
+def test_children_leave_the_cap_and_evict_of_a_python_region_as_they_are() -> None:
+    run_in_child(in_child_python_cap)
+
+
+def in_child_python_private(nested: bool) -> None:
+    """Mode "c", untracked: stores of the parent's before the fork are the child's too, and none after."""
+    with mapped("c", service="python") as (region, path):
+        want = bytearray(DATA)
+        written = [0, 1, 2, 7, NR_PAGES // 2 - 1, NR_PAGES // 2 + 5, NR_PAGES - 1]
+
+        def store(value: int, pages: list[int]) -> None:
+            with region.buffer as buffer:
+                for page in pages:
+                    want[page * PAGE_SIZE + 11] = value
+                    buffer[page * PAGE_SIZE + 11] = value
+
+        store(0xA1, written)
+        region.evict()
+        (start, go), (reader, writer) = os.pipe(), os.pipe()
+
+        def child() -> bytes:
+            os.write(writer, b".")
+            os.read(start, 1)
+            with region.buffer as buffer:
+                assert bytes(buffer) == want
+            store(0xC1, [2, 3, NR_PAGES - 2])
+            region.evict()
+            region.load()
+            with region.buffer as buffer:
+                assert bytes(buffer) == want
+            return b"right"
+
+        def grandchild() -> bytes:
+            status, answer = fork_and_ask(child)
+            assert status == 0
+            return answer
+
+        answer = in_thread(fork_and_ask, grandchild if nested else child)
+        os.read(reader, 1)
+        mine = bytes(want)
+        store(0xB1, [1, 4, NR_PAGES - 3])
+        region.evict()
+        os.write(go, b"x")
+        assert answer() == (0, b"right")
+        with region.buffer as buffer:
+            assert bytes(buffer) == want != mine
+        assert path.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_private_pages_of_a_python_region_are_the_childs(nested: bool) -> None:
+    run_in_child(in_child_python_private, nested)
+
+
+def _page_fails(buffer: memoryview, page: int) -> bool:
+    try:
+        for _ in range(2):  # the exception comes between two instructions
+            buffer[page * PAGE_SIZE]
+    except uv.SourceChanged:
+        return True
+    return False
+
+
+def in_child_python_poisoned() -> None:
+    """What failed in the parent, and is poison there, is neither a private page nor failed in the child."""
+    with mapped("c", service="python", fault_around_bytes=PAGE_SIZE) as (region, path):
+        last = NR_PAGES - 1
+        sink = os.memfd_create("sink")
+        with region.buffer as buffer:
+            buffer[3 * PAGE_SIZE] = 0xA1
+            stat = os.stat(path)
+            os.utime(path, ns=(0, 0))
+            with pytest.raises(OSError), buffer[(last - 2) * PAGE_SIZE :] as there:
+                os.pwrite(sink, there[:PAGE_SIZE], 0)  # EFAULT
+            assert _page_fails(buffer, last)
+
+        def child() -> bytes:
+            with region.buffer as buffer:
+                assert buffer[3 * PAGE_SIZE] == 0xA1
+                assert _page_fails(buffer, last - 2)
+                os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+                for page in (last, 5):
+                    assert buffer[page * PAGE_SIZE] == DATA[page * PAGE_SIZE]
+            return b"right"
+
+        assert fork_and_ask(child) == (0, b"right")
+
+
+def test_pages_that_failed_in_the_parent_are_tried_anew_in_the_child() -> None:
+    run_in_child(in_child_python_poisoned)
+
+
+WHY = "mode \"r+\" of service='python' stays with the parent; map it with service='native'"
+
+
+def in_child_python_writable(do: str, on_error: str) -> tuple[int, bytes, str]:
+    with mapped("r+", service="python", on_error=on_error) as (region, path):
+        with region.buffer as buffer:
+            buffer[PAGE_SIZE] = 0xA1
+        byte = ctypes.c_ubyte.from_address(region.address + 5)
+
+        def touch() -> bytes:
+            if do == "write":
+                byte.value = 1
+            return bytes([byte.value])
+
+        def child() -> bytes:
+            if do == "nothing":
+                return b"untouched"
+            if do in ("read", "write"):
+                return touch()
+            if do == "grandchild":
+                status, answer = fork_and_ask(touch)
+                return f"{status} {answer!r}".encode()
+            assert do == "call"
+            said = set()
+            for call in (
+                region.flush,
+                region.load,
+                region.evict,
+                region.prefetch,
+                region.check,
+                region.dirty,
+                region.protect,
+                region.residency,
+                region.stats,
+            ):
+                with pytest.raises(uv.StaleRegionError) as raised:
+                    call()
+                said.add(str(raised.value))
+            with pytest.raises(uv.RegionBusyError):
+                uv.map(path, "r+", service="native")
+            with uv.map(path, "r", service="python") as own:
+                assert own.buffer[5] == DATA[5]
+            region.close()
+            (message,) = said
+            return message.encode()
+
+        status, answer = fork_and_ask(child)
+        assert lib.uvm_cache_ctl(region._ops.cache.id).nr_attached == 1
+        with region.buffer as buffer:
+            buffer[2 * PAGE_SIZE] = 0xA2
+        region.flush()
+        want = bytearray(DATA)
+        want[PAGE_SIZE], want[2 * PAGE_SIZE] = 0xA1, 0xA2
+        assert path.read_bytes() == want
+        assert region.residency().dirty_bytes == 0
+        region.evict()
+        with region.buffer as buffer:
+            assert bytes(buffer) == want
+        check_all(region)
+        return status, answer, hex(region.address)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "sigbus"])
+@pytest.mark.parametrize("do", ["read", "write", "grandchild"])
+def test_a_writable_python_region_is_not_inherited(do: str, on_error: str) -> None:
+    result = run_in_child(in_child_python_writable, do, on_error)
+    status, answer, address = result.value
+    if do == "grandchild":
+        assert (status, answer) == (0, f"{-signal.SIGSEGV} b''".encode())
+    else:
+        assert (status, answer) == (-signal.SIGSEGV, b"")
+    (said,) = (line for line in result.stderr.splitlines() if "inaccessible" in line)
+    assert f"region at {address} " in said and WHY in said
+
+
+def test_calls_on_a_writable_python_region_of_the_parent_say_why() -> None:
+    result = run_in_child(in_child_python_writable, "call", "raise")
+    status, answer, _ = result.value
+    assert status == 0, result.stderr
+    assert "could not be served in the forked child" in answer.decode() and WHY in answer.decode()
+
+
+def test_a_child_that_does_not_touch_it_hears_nothing_of_it() -> None:
+    result = run_in_child(in_child_python_writable, "nothing", "raise")
+    assert result.value[:2] == (0, b"untouched")
+    assert "inaccessible" not in result.stderr
+
+
+def in_child_python_again() -> None:
+    """What a service of the child's own fills is not what its native threads took over."""
+    with mapped("r", service="python") as (region, path):
+
+        def child() -> bytes:
+            with uv.map(path, "r", service="python") as own:
+                assert own._ops.cache.id != region._ops.cache.id
+                assert content_is_right(own, "r") == b"right"
+                answer = content_is_right(region, "r")
+                check_all(own)
+            region.close()
+            wait_until(lambda: _counts()[2]["nr_caches"] == 0, f"caches freed: {_counts()}")
+            return answer
+
+        assert fork_and_ask(child) == (0, b"right")
+        assert content_is_right(region, "r") == b"right"
+
+
+def test_a_child_maps_the_file_by_a_python_service_of_its_own() -> None:
+    run_in_child(in_child_python_again)
 
 
 # --- ways that run no handlers ----------------------------------------------------------------------
@@ -530,13 +804,16 @@ def in_child_no_slot_left() -> tuple[int, str]:
         cache = region._ops.cache
         with mmap.mmap(lib.uvm_cache_ctl_fd(cache.id), nr_slots * len(slot)) as slots:
             slots[:] = slot * nr_slots
+        byte = ctypes.c_ubyte.from_address(region.address)
 
         def child() -> bytes:
             assert content_is_right(other, "anonymous tracked") == b"right", "not of that cache"
             with pytest.raises(uv.UffdError) as refused:
                 uv.map(path, service="native")
             os.write(2, b"refused: %d\n" % (refused.value.errno or 0))
-            return content_is_right(region, "r")
+            with pytest.raises(uv.StaleRegionError, match="4096 living processes"):
+                region.buffer  # noqa: B018
+            return bytes([byte.value])
 
         status, answer = fork_and_ask(child)
         assert answer == b""

@@ -759,6 +759,7 @@ class AddressSpace:
     def _after_fork_in_child(self) -> None:
         # The fault-service process serves the parent; native code has taken its regions over here.
         self._python.clear()
+        self._caches.in_forked_child()
         for mapping in self.regions():
             mapping.in_forked_child()
 

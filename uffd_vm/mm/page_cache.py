@@ -120,9 +120,17 @@ class PageCache:
     """One native page cache and how many regions of this process use it (`users`)."""
 
     def __init__(
-        self, key: object, fd: int, version: FileVersion, cap: int, *, writable: bool
+        self,
+        key: object,
+        fd: int,
+        version: FileVersion,
+        cap: int,
+        *,
+        writable: bool,
+        sharing: str = "native",
     ) -> None:
         self.key = key
+        self.sharing = sharing
         self.version = version
         self.writable = writable
         self.users = 0
@@ -195,7 +203,7 @@ class PageCaches:
                 raise SourceChanged(
                     f"{path!r} changed (shrank, grew, or was written) while it was being mapped; try again"
                 )
-            cache = PageCache(key, fd, version, cap, writable=writable)
+            cache = PageCache(key, fd, version, cap, writable=writable, sharing=sharing)
             self._caches[key] = cache
         elif writable and cache.version.size != version.size:
             raise SourceChanged(
@@ -206,6 +214,14 @@ class PageCaches:
             cache.limit(cap)
         cache.users += 1
         return cache
+
+    def in_forked_child(self) -> None:
+        """Here the caches of the parent's fault-service process are served natively: regions that a
+        process of the child's own serves must not share them."""
+        for key in [key for key, cache in self._caches.items() if cache.sharing == "python"]:
+            cache = self._caches.pop(key)
+            cache.key = ("python, forked", key)
+            self._caches[cache.key] = cache
 
     def put(self, cache: PageCache) -> None:
         """One user less; the last one gives the cache back, and with it the file's lock."""

@@ -285,8 +285,9 @@ class Region:
         raises; in both cases the region stays open and usable.
         """
         if not self._mapping.closed:
-            self._ops.flush(0, self.nr_pages)
-            self._ops.flush_late = True
+            if not self._ops.lost:  # else this is a forked child, with nothing of it to write
+                self._ops.flush(0, self.nr_pages)
+                self._ops.flush_late = True
             self._mapping.close()
 
     def discard(self) -> None:

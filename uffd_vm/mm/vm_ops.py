@@ -27,6 +27,7 @@ from uffd_vm.errors import (
     SourceChanged,
     SourceError,
     SourceTimeout,
+    StaleRegionError,
     UffdVmError,
 )
 from uffd_vm.fault.pte import MAPPED, PteState
@@ -71,6 +72,7 @@ class VmOps(Protocol):
 
     name: str
     flush_late: bool
+    lost: bool
     home: tuple[str, FileVersion] | None
 
     @property
@@ -125,6 +127,7 @@ class _Memory(abc.ABC):
         self.nbytes = nbytes
         self.nr_pages = -(-nbytes // PAGE_SIZE)
         self.closed = False
+        self.lost = False  #: a forked child did not inherit it
         self.flush_late = False  #: close() writes back what came after its flush()
         self.home: tuple[str, FileVersion] | None = None  #: mode "r+": where changes go
 
@@ -227,6 +230,7 @@ class UserfaultOps(_Memory):
         # The fault-service process is the parent's; here native code serves.
         self._request = None
         self._before_end = _nothing
+        self.lost = not self.closed and lib.uvm_region_check(self.handle) not in (0, -errno.ESTALE)
 
     def close_begin(self) -> None:
         self._check(lib.uvm_region_close_begin(self.handle), "close")
@@ -253,7 +257,14 @@ class UserfaultOps(_Memory):
 
     def _check_registered(self) -> None:
         super().check_open()
-        self._check(lib.uvm_region_check(self.handle), "check")
+        rc = lib.uvm_region_check(self.handle)
+        if self.lost:
+            why = bytes(ffi.string(lib.uvm_lost_reason(-rc))).decode()
+            raise StaleRegionError(
+                f"region {self.name!r} could not be served in the forked child {os.getpid()} and was made "
+                f"inaccessible there: {why}"
+            )
+        self._check(rc, "check")
 
     def check_open(self) -> None:
         self._check_registered()
@@ -396,7 +407,8 @@ class UserfaultOps(_Memory):
     def flush_all(self) -> None:
         # The last chance: what else is to be told of the region does not keep changes from going home.
         super().check_open()
-        self._write_back(0, self.nr_pages)
+        if not self.lost:  # else it goes home from the parent
+            self._write_back(0, self.nr_pages)
 
     def _write_back(self, index: int, nr_pages: int) -> None:
         if not (self._shared and self._writable):

@@ -1,9 +1,9 @@
 """The page cache of file regions, as mm/filemap.c: folio words, reads, write-back, reclaim.
 
-The content lies in a memfd that the owner maps; the folio words lie in its control memfd. A Read is a
-run of locked folios being brought in: it has a buffer, and it is what faults wait for and join. Only
-one is ever in flight for a folio. The file is the version that was mapped (size and mtime), else every
-read of it fails with CHANGED: bytes of two versions never meet.
+The content lies in a memfd that the owner maps, and no forked child of it; the folio words lie in its
+control memfd. A Read is a run of locked folios being brought in: it has a buffer, and it is what faults
+wait for and join. Only one is ever in flight for a folio. The file is the version that was mapped (size
+and mtime), else every read of it fails with CHANGED: bytes of two versions never meet.
 
 Never held across I/O: any lock. Runs in the fault-service thread, but for Read.read_blocking() and
 the write and fsync of write-back, which run in a worker and touch only their own buffer.
@@ -37,7 +37,7 @@ _READ_RETRIES_S = (0.01, 0.02)
 _TRANSIENT = frozenset((errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS))
 CTL_OFFSET, CTL_BYTES = 65536, 66560  # UVM_CACHE_CTL_OFFSET, UVM_CACHE_CTL_BYTES
 _CTL_WORDS = 11  # struct uvm_cache_ctl
-_NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK, _NR_ATTACHED = range(8)
+_NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK = range(7)
 _WB_ERR_SEQ, _WB_ERR, _NR_WRITING = 8, 9, 10
 
 #: What says that the file is not the version that was mapped: it is shorter; it was changed.
@@ -391,19 +391,10 @@ class PageCache:
     # --- reclaim --------------------------------------------------------------------------------
 
     @property
-    def out_of_reach(self) -> bool:
-        """A forked child of the owner maps the same folios and may write to them: its page tables cannot
-        be protected from here. So what is dirty is written but stays dirty, nothing is evicted, and
-        the cap gives way."""
-        return self._ctl[_NR_ATTACHED] > 1
-
-    @property
     def cap_pages(self) -> int:
         return self._ctl[_CAP]
 
     def room_for(self, nr_pages: int) -> bool:
-        if self.out_of_reach:
-            return True
         return self._ctl[_NR_USED] + nr_pages <= self._ctl[_CAP]
 
     def window(self, nr_pages: int) -> int:
@@ -442,8 +433,6 @@ class PageCache:
         table at once, private copies excepted. Returns how many."""
         freed = 0
         folio, end = index, index + nr_pages
-        if self.out_of_reach:
-            return 0
         while folio < end:
             first = folio
             while folio < end and self.state(folio) == _UPTODATE:
@@ -504,9 +493,8 @@ class PageCache:
         try:
             if err := self.version_check():
                 raise OSError(err, "the file changed since it was mapped")
-            if not self.out_of_reach:
-                self.set_state(index, nr_pages, _WRITEBACK)
-                protect(self, index, nr_pages)
+            self.set_state(index, nr_pages, _WRITEBACK)
+            protect(self, index, nr_pages)
             offset = index << PAGE_SHIFT
             nr_bytes = min(nr_pages << PAGE_SHIFT, self.size - offset)
             os.preadv(self.data_fd, [buffer.view[:nr_bytes]], offset)
