@@ -930,6 +930,12 @@ static void interrupt_hand_on(int from)
 	}
 }
 
+/* The exception has been made, and calls the user's handler by raising the signal again. */
+void uvm_interrupt_pass(void)
+{
+	atomic_store(&interrupt_pass, 1);
+}
+
 /* The kernel holds that signal, and delivers it when the system call has ended. */
 static void interrupt_forget_syscall(void)
 {

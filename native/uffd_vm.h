@@ -223,6 +223,8 @@ void uvm_failure_set_class(int kind, uintptr_t py_class);
 int uvm_failure_take(struct uvm_failure *out);
 /* The failure that nobody could be told (a thread unknown to Python): sticky until cleared. */
 int uvm_region_failed(int64_t region, struct uvm_failure *out, int clear);
+/* The next SIGINT is for the handler before ours, which may stand there for a while yet. */
+void uvm_interrupt_pass(void);
 int uvm_janitor_start(void);
 int uvm_janitor_stop(void);
 

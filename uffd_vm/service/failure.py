@@ -65,6 +65,7 @@ class _Interrupted(KeyboardInterrupt):
         super().__init__()
         _details()
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            lib.uvm_interrupt_pass()
             signal.raise_signal(signal.SIGINT)
 
 
