@@ -258,7 +258,7 @@ static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t m
 	if (rc < 0)
 		return rc;
 	uint64_t cap_pages = cap_bytes >> UVM_PAGE_SHIFT;
-	rc = shared_map(c, cap_pages > 2 * UVM_RECENT ? cap_pages : 2 * UVM_RECENT);
+	rc = shared_map(c, cap_pages > UVM_MIN_CAP_PAGES ? cap_pages : UVM_MIN_CAP_PAGES);
 	if (rc < 0)
 		return rc;
 	c->shared->ctl.size = size;

@@ -578,6 +578,36 @@ static int ctl_child_copy(struct uvm_region *r)
 	return 0;
 }
 
+/* The parent's service went on changing its table while fork() copied the memory: where a private region's
+ * copy of the two differs, the memory is right. What the table does not know counts as written. */
+static int believe_pagemap(struct uvm_region *r)
+{
+	enum { PER_READ = 512 };
+	uint64_t entries[PER_READ];
+	int rc = 0, fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	for (uint64_t at = uvm_next_touched(r, 0); at < r->nr_pages && rc == 0;
+	     at = uvm_next_touched(r, at + PER_READ)) {
+		uint64_t n = r->nr_pages - at < PER_READ ? r->nr_pages - at : PER_READ;
+		uint64_t vpn = uvm_region_addr(r, at) >> UVM_PAGE_SHIFT;
+		int64_t got = sys_pread(fd, entries, n * sizeof *entries,
+					(int64_t)(vpn * sizeof *entries));
+		if (got != (int64_t)(n * sizeof *entries))
+			rc = got < 0 ? (int)got : -EIO;
+		for (uint64_t i = 0; i < n && rc == 0; i++) {
+			unsigned pte = atomic_load(&r->ptes[at + i]);
+			bool here = entries[i] >> 62; /* present, or swapped out */
+			if (pte_present(pte) && !here)
+				uvm_set_pte(r, at + i, UVM_PTE_NONE);
+			else if (here && (pte == UVM_PTE_NONE || pte == UVM_PTE_BUSY))
+				uvm_set_pte(r, at + i, UVM_PTE_PRESENT);
+		}
+	}
+	close(fd);
+	return rc;
+}
+
 /* Write protection does not survive fork without an event: arm it again, run by run. */
 static int rearm(struct uvm_region *r)
 {
@@ -713,10 +743,13 @@ int uvm_region_child(struct uvm_region *r)
 
 	if (rc < 0)
 		return rc;
-	if (r->service == UVM_SERVICE_PYTHON)
+	bool served_by_python = r->service == UVM_SERVICE_PYTHON;
+	if (served_by_python)
 		rc = uvm_region_child_to_native(r);
 	if (rc == 0 && own)
 		rc = map_own_cache(r);
+	else if (rc == 0 && served_by_python && !shared)
+		rc = believe_pagemap(r);
 	if (rc < 0)
 		return rc;
 	if (shared) {

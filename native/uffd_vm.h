@@ -127,6 +127,8 @@ struct uvm_cache_ctl {
 	int64_t wb_err;      /* errno of the last one */
 	uint64_t nr_writing; /* writes of the Python service under way: mtime is moving */
 };
+/* The least that a cap can be: one instruction may need several pages at once. */
+enum { UVM_MIN_CAP_PAGES = 8 };
 enum { UVM_CACHE_CTL_OFFSET = 65536, UVM_CACHE_CTL_BYTES = 66560 };
 
 /* ---- page caches ------------------------------------------------------------------------------ */

@@ -41,6 +41,7 @@ class Lib(Protocol):
     UVM_REGION_CTL_BYTES: int
     UVM_CACHE_CTL_BYTES: int
     UVM_CACHE_CTL_OFFSET: int
+    UVM_MIN_CAP_PAGES: int
     UVM_SERVICE_NATIVE: int
     UVM_SERVICE_PYTHON: int
     UVM_SERVICE_INLINE: int

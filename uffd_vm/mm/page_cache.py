@@ -147,7 +147,7 @@ class PageCache:
     def limit(self, cap: int) -> None:
         """Lowers the cap to `cap` bytes: the smallest that any region asked for holds."""
         ctl = lib.uvm_cache_ctl(self.id)
-        ctl.cap_pages = max(1, min(ctl.cap_pages, cap // PAGE_SIZE))
+        ctl.cap_pages = max(lib.UVM_MIN_CAP_PAGES, min(ctl.cap_pages, cap // PAGE_SIZE))
 
     @property
     def used_bytes(self) -> int:

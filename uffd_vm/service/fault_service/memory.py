@@ -547,10 +547,13 @@ def verify(mm: Mm, vmf: VmFault[P], walked: Walked[P], result: VmFaultT, row: in
     # The kernel's swap entries look like poison, or like a marker: what we know tells them apart.
     if truth == Truth.POISONED and region.ptes[index] != _POISONED:
         truth = Truth.PRESENT
-    elif truth == Truth.MARKER and region.ptes[index] in _MAPPED_WP:
+    elif (
+        truth == Truth.MARKER
+        and region.ptes[index] in _MAPPED_WP
         # But a page that is swapped out does not fault as missing.
-        if vmf.kind != _MISSING or policy.ACTION[vmf.row] != _SCAN:
-            truth = Truth.PRESENT_WP
+        and (vmf.kind != _MISSING or policy.ACTION[vmf.row] != _SCAN)
+    ):
+        truth = Truth.PRESENT_WP
     settlement, result, row = policy.settle_truth(policy.COMMIT[vmf.row], truth, region.backing)
     vmf.settlement = settlement
     with lock_pte(walked) as pte:
