@@ -202,8 +202,9 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 	uint64_t most = cap_pages < c->nr_pages ? cap_pages : c->nr_pages;
 	uint64_t fifo_size = 2 * most + 64;
 	size_t fifo_at = (UVM_CACHE_CTL_BYTES + c->nr_pages * sizeof(uint32_t) + 15) & ~(size_t)15;
-	c->shared_bytes =
-		(fifo_at + fifo_size * sizeof *c->fifo + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1);
+	size_t pins_at = fifo_at + fifo_size * sizeof *c->fifo;
+	c->shared_bytes = (pins_at + UVM_CACHE_PINS * sizeof *c->pins + UVM_PAGE - 1) &
+			  ~(size_t)(UVM_PAGE - 1);
 	if (ftruncate(c->ctl_fd, (off_t)c->shared_bytes) < 0)
 		return -errno;
 	rc = sys_mmap(0, c->shared_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->ctl_fd, 0, &p);
@@ -212,6 +213,8 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 	c->shared = (void *)(uintptr_t)p;
 	c->folios = (void *)(uintptr_t)(p + UVM_CACHE_CTL_BYTES);
 	c->fifo = (void *)(uintptr_t)(p + fifo_at);
+	c->pins = (void *)(uintptr_t)(p + pins_at);
+	c->shared->ctl.pins_at = pins_at;
 	c->shared->fifo_size = fifo_size;
 	for (int i = 0; i < UVM_RECENT; i++)
 		c->shared->recent[i] = UVM_NO_INDEX;
@@ -460,6 +463,7 @@ void uvm_cache_child_own(struct uvm_cache *c)
 		c->shared = parents.shared;
 		c->folios = parents.folios;
 		c->fifo = parents.fifo;
+		c->pins = parents.pins;
 		c->shared_bytes = parents.shared_bytes;
 	} else {
 		sys_munmap((uint64_t)(uintptr_t)parents.shared, parents.shared_bytes);
@@ -585,6 +589,84 @@ int uvm_cache_read(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, void 
 	return 0;
 }
 
+/* ---- pins ------------------------------------------------------------------------------------------------- */
+/* A page that the kernel has pinned for a device is written to behind every page table. Facts: write
+ * protection does not see it, and a hole punched into the memfd takes the page from the file, not from the
+ * device, which goes on writing where nobody reads. So a pinned page stays DIRTY, which is never evicted.
+ *
+ * Who pins first registers the pin and then makes its pages dirty. A write-back that began before either
+ * has protected them, and then that store is seen by it, or looks at the pins again before it says clean. */
+static bool pin_current(struct uvm_cache *c, const struct uvm_cache_pin *p)
+{
+	uint32_t owner = (uint32_t)atomic_load(&p->owner);
+	const struct uvm_cache_slot *s = &c->shared->slots[uvm_owner_slot(owner)];
+	return atomic_load(&s->pid) &&
+	       atomic_load(&s->epoch) % UVM_CACHE_EPOCHS == uvm_owner_epoch(owner);
+}
+
+bool uvm_cache_pinned(struct uvm_cache *c, uint64_t index)
+{
+	uint64_t n = __atomic_load_n(&c->shared->ctl.nr_pins, __ATOMIC_ACQUIRE);
+	for (uint64_t i = 0; i < n; i++) {
+		const struct uvm_cache_pin *p = &c->pins[i];
+		uint64_t nr_pages = atomic_load(&p->nr_pages);
+		if (nr_pages && index - atomic_load(&p->index) < nr_pages && pin_current(c, p))
+			return true;
+	}
+	return false;
+}
+
+static bool pin_lives(struct uvm_cache *c, const struct uvm_cache_pin *p)
+{
+	uint32_t owner = (uint32_t)atomic_load(&p->owner);
+	return atomic_load(&p->nr_pages) && pin_current(c, p) &&
+	       (owner == c->owner || slot_alive(&c->shared->slots[uvm_owner_slot(owner)]));
+}
+
+/* Half of the cap is always left to take from, and more than reclaim spares, where not all of the file fits. */
+int uvm_cache_pin(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_cache_ctl *ctl = &c->shared->ctl;
+	uint64_t sum = nr_pages, at = UVM_CACHE_PINS;
+	if (c->child_rc < 0) /* the slot that we know is our parent's */
+		return c->child_rc;
+	shared_lock(&c->shared->fifo_lock);
+	for (uint64_t i = 0; i < UVM_CACHE_PINS; i++) {
+		if (pin_lives(c, &c->pins[i])) {
+			sum += atomic_load(&c->pins[i].nr_pages);
+			continue;
+		}
+		if (i < at)
+			at = i;
+		if (i >= ctl->nr_pins)
+			break;
+	}
+	uint64_t spared = sum > UVM_RECENT + 1 ? sum : UVM_RECENT + 1;
+	bool too_much = c->nr_pages > ctl->cap_pages && sum + spared > ctl->cap_pages;
+	int rc = at == UVM_CACHE_PINS ? -EMFILE : too_much ? -ENOBUFS : (int)at;
+	if (rc >= 0) {
+		struct uvm_cache_pin *p = &c->pins[at];
+		atomic_store(&p->nr_pages, 0); /* a dead process's pin may stand there */
+		atomic_store(&p->index, index);
+		atomic_store(&p->owner, c->owner);
+		atomic_store(&p->nr_pages, nr_pages);
+		if (at >= ctl->nr_pins)
+			__atomic_store_n(&ctl->nr_pins, at + 1, __ATOMIC_SEQ_CST);
+	}
+	pthread_mutex_unlock(&c->shared->fifo_lock);
+	return rc;
+}
+
+void uvm_cache_unpin(struct uvm_cache *c, int pin)
+{
+	shared_lock(&c->shared->fifo_lock);
+	/* A forked child that leaves its parent's `with` ends nothing. */
+	if (c->child_rc == 0 && pin >= 0 && pin < UVM_CACHE_PINS &&
+	    atomic_load(&c->pins[pin].owner) == c->owner)
+		atomic_store(&c->pins[pin].nr_pages, 0);
+	pthread_mutex_unlock(&c->shared->fifo_lock);
+}
+
 /* ---- the cap ---------------------------------------------------------------------------------------------- */
 static void fifo_lock(struct uvm_cache *c)
 {
@@ -617,7 +699,7 @@ static bool fifo_push(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 	return room;
 }
 
-/* What of the extent is still in the cache: bit 0 some page, bit 1 a dirty one. */
+/* What of the extent is still in the cache: bit 0 some page, bit 1 one that is clean once it is written. */
 enum { KEPT = 1, KEPT_DIRTY = 2 };
 static unsigned extent_kept(struct uvm_cache *c, const struct uvm_extent *e)
 {
@@ -628,7 +710,7 @@ static unsigned extent_kept(struct uvm_cache *c, const struct uvm_extent *e)
 			break;
 		unsigned state = uvm_folio_state(atomic_load(&c->folios[i]));
 		kept |= state != UVM_FOLIO_ABSENT ? KEPT : 0;
-		kept |= state == UVM_FOLIO_DIRTY ? KEPT_DIRTY : 0;
+		kept |= state == UVM_FOLIO_DIRTY && !uvm_cache_pinned(c, i) ? KEPT_DIRTY : 0;
 	}
 	return kept;
 }
@@ -885,17 +967,20 @@ static void count_written(struct uvm_region *r, void *data)
  * Whether other processes are attached is asked after the run was taken: one that attaches later starts
  * with empty page tables, and its first store finds WRITEBACK and makes the folio dirty again. Page
  * tables of one that was there cannot be protected from here, so its pages are written but stay dirty:
- * nothing is lost, some is written twice. Returns the pages taken; *rc tells the first error. */
+ * nothing is lost, some is written twice. So are those that are pinned, and they stay writable, too: a
+ * run is of pinned pages or of others. Returns the pages taken; *rc tells the first error. */
 static uint64_t write_back_run(struct uvm_cache *c, uint64_t index, uint64_t end, char *buf,
 			       int *rc)
 {
 	struct protect_arg a = {c, index, 0, 0};
+	bool of_pinned = uvm_cache_pinned(c, index);
 	while (index + a.nr_pages < end && a.nr_pages < WRITE_BACK_PAGES &&
+	       uvm_cache_pinned(c, index + a.nr_pages) == of_pinned &&
 	       uvm_folio_move(c, index + a.nr_pages, UVM_FOLIO_DIRTY, UVM_FOLIO_WRITEBACK))
 		a.nr_pages++;
 	if (!a.nr_pages)
 		return 0;
-	bool clean = !others_attached(c);
+	bool clean = !of_pinned && !others_attached(c);
 	if (clean)
 		uvm_for_each_region(protect_in_region, &a);
 	int copied = copy_out(c, index, a.nr_pages, buf);
@@ -907,10 +992,13 @@ static uint64_t write_back_run(struct uvm_cache *c, uint64_t index, uint64_t end
 	}
 	struct written_arg written = {c, copied == 0 ? a.nr_pages : 0};
 	uvm_for_each_region(count_written, &written);
-	unsigned to = clean && copied == 0 && a.rc == 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_DIRTY;
-	for (uint64_t i = index; i < index + a.nr_pages; i++)
+	clean = clean && copied == 0 && a.rc == 0;
+	for (uint64_t i = index; i < index + a.nr_pages; i++) {
+		unsigned to =
+			clean && !uvm_cache_pinned(c, i) ? UVM_FOLIO_UPTODATE : UVM_FOLIO_DIRTY;
 		if (uvm_folio_move(c, i, UVM_FOLIO_WRITEBACK, to) && to == UVM_FOLIO_UPTODATE)
 			__atomic_fetch_sub(&c->shared->ctl.nr_dirty, 1, __ATOMIC_RELAXED);
+	}
 	return a.nr_pages;
 }
 
@@ -922,7 +1010,8 @@ static bool being_filled_elsewhere(struct uvm_cache *c, uint64_t index)
 	       !uvm_cache_take_over_dead(c, index);
 }
 
-/* Writes the dirty pages of the range to the file. Returns the first error; what failed stays dirty. */
+/* Writes the dirty pages of the range to the file; with `wait` also those that are pinned, which reclaim
+ * has no use for. Returns the first error; what failed stays dirty. */
 int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, bool wait)
 {
 	uint64_t p, end = index + nr_pages;
@@ -935,7 +1024,8 @@ int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages,
 		index = uvm_cache_next_touched(c, index);
 	while (index < end) {
 		unsigned state = uvm_folio_state(atomic_load(&c->folios[index]));
-		if (state == UVM_FOLIO_DIRTY || state == UVM_FOLIO_WRITEBACK) {
+		if ((state == UVM_FOLIO_DIRTY || state == UVM_FOLIO_WRITEBACK) &&
+		    (wait || !uvm_cache_pinned(c, index))) {
 			wb_lock(c);
 			/* Still WRITEBACK, with the lock in our hand: its writer died. */
 			uvm_folio_move(c, index, UVM_FOLIO_WRITEBACK, UVM_FOLIO_DIRTY);

@@ -23,6 +23,7 @@ enum {
 	UVM_CACHE_SLOTS = 1
 		<< UVM_CACHE_SLOT_BITS, /* processes that may fill one cache at a time */
 	UVM_CACHE_EPOCHS = 1 << 12,
+	UVM_CACHE_PINS = 1024, /* of one cache at a time */
 	UVM_MAX_PARKED = 4096,
 	UVM_MAX_JOBS = 1024,
 	UVM_RECENT = UVM_MIN_CAP_PAGES / 2,
@@ -73,8 +74,16 @@ struct uvm_extent {
 	uint64_t nr_pages;
 };
 
-/* The start of the control memfd; folio words and the queue of extents follow. What a fault of a small
- * cache touches lies in one page. */
+/* Pages that a device may write to, seen by nobody: never clean while the pin lasts, so never evicted. It
+ * ends with its process. Behind the queue of extents in the control memfd, at ctl.pins_at. */
+struct uvm_cache_pin {
+	_Atomic uint64_t index, nr_pages; /* nr_pages 0: free */
+	_Atomic uint64_t owner;           /* as in a folio word */
+};
+_Static_assert(sizeof(struct uvm_cache_pin) == 24, "filemap.py reads three words");
+
+/* The start of the control memfd; folio words, the queue of extents and the pins follow. What a fault of a
+ * small cache touches lies in one page. */
 struct uvm_cache_shared {
 	struct uvm_cache_slot slots[UVM_CACHE_SLOTS];
 	struct uvm_cache_ctl ctl;
@@ -100,6 +109,7 @@ struct uvm_cache {
 	struct uvm_cache_shared *shared;
 	_Atomic uint32_t *folios;
 	struct uvm_extent *fifo;
+	struct uvm_cache_pin *pins;
 	size_t shared_bytes;
 	/* Registered shared mappings of the data memfd, one a service: they exist only to fill under
 	 * private mappings, where UFFDIO_COPY would make anonymous pages instead. */
@@ -146,6 +156,10 @@ void uvm_cache_adopt(struct uvm_cache *c, uint64_t index);
 bool uvm_cache_has(struct uvm_cache *c, uint64_t index);
 void uvm_cache_disown(struct uvm_cache *c, uint64_t index);
 int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
+/* The number of the pin, or -ENOBUFS: the rest of the cap could not serve; -EMFILE: UVM_CACHE_PINS. */
+int uvm_cache_pin(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);
+void uvm_cache_unpin(struct uvm_cache *c, int pin);
+bool uvm_cache_pinned(struct uvm_cache *c, uint64_t index);
 /* wait: also for pages that another process is filling, as flush() must; reclaim, which holds pages that
  * it is filling itself, must not. */
 int uvm_cache_write_back(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, bool wait);

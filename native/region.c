@@ -925,6 +925,31 @@ int64_t uvm_region_evict(int64_t handle, uint64_t index, uint64_t nr_pages)
 	return rc;
 }
 
+int uvm_region_pin(int64_t handle, uint64_t index, uint64_t nr_pages)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int rc = range_check(r, index, nr_pages);
+	if (rc == 0 && (!nr_pages || !r->writable || r->backing != UVM_BACKING_SHARED_FILE))
+		rc = -EINVAL; /* nothing of it is ever taken away, or stored to */
+	if (rc == 0)
+		rc = uvm_cache_pin(r->cache, r->pgoff + index, nr_pages);
+	uvm_region_put(r);
+	return rc;
+}
+
+int uvm_region_unpin(int64_t handle, int pin)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	if (r->cache)
+		uvm_cache_unpin(r->cache, pin);
+	uvm_region_put(r);
+	return 0;
+}
+
 int uvm_region_flush(int64_t handle, uint64_t index, uint64_t nr_pages)
 {
 	struct uvm_region *r = uvm_region_by_handle(handle);
@@ -951,8 +976,16 @@ int uvm_region_flush(int64_t handle, uint64_t index, uint64_t nr_pages)
 	return rc;
 }
 
-/* Write tracking: from here on a store to any present page faults. Commits are kept out while the range
- * is armed (all page-table locks), so that no page is armed in the kernel and published as writable. */
+/* A device may store to it at any time, unseen. */
+static bool page_pinned(const struct uvm_region *r, uint64_t index)
+{
+	return r->backing == UVM_BACKING_SHARED_FILE &&
+	       uvm_cache_pinned(r->cache, r->pgoff + index);
+}
+
+/* Write tracking: from here on a store to any present page faults, save pinned ones, which go on counting as
+ * written. Commits are kept out while the range is armed (all page-table locks), so that no page is armed in
+ * the kernel and published as writable. */
 int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages)
 {
 	struct uvm_region *r = uvm_region_by_handle(handle);
@@ -973,11 +1006,11 @@ int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages)
 		unsigned pte = atomic_load(&r->ptes[i]);
 		unsigned to = pte == UVM_PTE_PRESENT ? UVM_PTE_WRITE_PROTECTED : UVM_PTE_ZERO_WP;
 		uint64_t run = i + 1;
-		if (pte != UVM_PTE_PRESENT && pte != UVM_PTE_ZERO) {
+		if ((pte != UVM_PTE_PRESENT && pte != UVM_PTE_ZERO) || page_pinned(r, i)) {
 			i = uvm_next_touched(r, i + 1);
 			continue;
 		}
-		while (run < end && atomic_load(&r->ptes[run]) == pte)
+		while (run < end && atomic_load(&r->ptes[run]) == pte && !page_pinned(r, run))
 			run++;
 		rc = sys_uffd_writeprotect(uffd, uvm_region_addr(r, i), (run - i) << UVM_PAGE_SHIFT,
 					   UFFDIO_WRITEPROTECT_MODE_WP);

@@ -126,6 +126,8 @@ struct uvm_cache_ctl {
 	uint64_t wb_err_seq; /* counts failed write-backs (errseq_t): each flusher sees each once */
 	int64_t wb_err;      /* errno of the last one */
 	uint64_t nr_writing; /* writes of the Python service under way: mtime is moving */
+	uint64_t nr_pins;    /* places of the table of pins that were ever in use */
+	uint64_t pins_at;    /* bytes from the start of the memfd: index, nr_pages, owner each */
 };
 /* The least that a cap can be: one instruction may need several pages at once. */
 enum { UVM_MIN_CAP_PAGES = 8 };
@@ -186,7 +188,12 @@ int uvm_region_unpoison(int64_t region, uint64_t index, uint64_t nr_pages);
 int uvm_region_prefetch(int64_t region, uint64_t index,
 			uint64_t nr_pages); /* queued; -EAGAIN: queue full */
 int64_t uvm_region_evict(int64_t region, uint64_t index, uint64_t nr_pages); /* pages given back */
-int uvm_region_flush(int64_t region, uint64_t index, uint64_t nr_pages);     /* durable on return */
+/* Of a writable shared mapping: from here on these pages are never made clean, nor evicted, once they are
+ * dirty; the caller makes them so, and again before unpin. Returns the number of the pin; -ENOBUFS: too
+ * much of the cap would be pinned; -EMFILE: too many pins. */
+int uvm_region_pin(int64_t region, uint64_t index, uint64_t nr_pages);
+int uvm_region_unpin(int64_t region, int pin); /* of this process; another's is left alone */
+int uvm_region_flush(int64_t region, uint64_t index, uint64_t nr_pages); /* durable on return */
 int64_t uvm_region_protect(int64_t region, uint64_t index, uint64_t nr_pages); /* pages armed */
 /* One PteState byte a page, as the next fault would find it (page-table entry joined with the folio). */
 int uvm_region_walk(int64_t region, uint64_t index, uint64_t nr_pages, uint8_t *states);

@@ -91,6 +91,19 @@ def test_threads_in_many_places_stay_under_the_cap_too(make_file, service):
         check_all(region)
 
 
+@pytest.mark.parametrize("service", ["native", "python", "inline"])
+def test_room_is_found_behind_pages_that_were_evicted_out_of_turn(make_file, service):
+    path = make_file(400 * PAGE_SIZE)
+    data = path.read_bytes()
+    with uv.map(path, service=service, cap=128 * PAGE_SIZE) as region:
+        region.load((0, 128 * PAGE_SIZE))
+        assert region.evict((0, 96 * PAGE_SIZE)) == 96 * PAGE_SIZE
+        region.load((128 * PAGE_SIZE, 224 * PAGE_SIZE))  # full again, and all in one run
+        for at in range(250 * PAGE_SIZE, 400 * PAGE_SIZE, 40 * PAGE_SIZE):
+            assert ctypes.string_at(region.address + at, 8) == data[at : at + 8]
+        check_all(region)
+
+
 def in_child_read_across_a_border(service: str) -> bytes:
     """All but one page of the cap are dirty, and one instruction needs two more."""
     cap_pages = 32

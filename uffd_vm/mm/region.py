@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uffd_vm.errors import InvalidArgument, RegionBusyError
 from uffd_vm.mm.mapping import Mapping
 from uffd_vm.mm.page_cache import FileVersion
-from uffd_vm.mm.ranges import RangeArgument, page_span
+from uffd_vm.mm.ranges import RangeArgument, byte_range, page_span
 from uffd_vm.mm.vm_ops import PRESENT_BYTES, WRITTEN_BYTES, Advice, VmOps
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.stats import Residency, Stats, TraceRecord, human_size
@@ -185,6 +186,38 @@ class Region:
         index, nr_pages = self._span(range)
         if nr_pages:
             self._ops.ensure(index, nr_pages, access, lambda: self.buffer)
+
+    @contextmanager
+    def pin(self, range: RangeArgument = None) -> Iterator[memoryview]:
+        """For O_DIRECT reads, io_uring, RDMA and other devices that store INTO the region: while `with` lasts
+        its pages are present, writable and dirty, and are neither evicted nor taken for written back.
+
+            with region.pin((start, stop)) as view:
+                os.preadv(fd, [view], offset)
+
+        Yields a memoryview of the bytes of the range, which is released at the end; close() is refused
+        until then. All transfers must have ended by then, too: the pages count as written, and may go.
+        flush() meanwhile writes what is there and leaves them dirty. Pins may overlap; one belongs to
+        the process that made it, and ends with it.
+
+        Only pages of mode "r+" are ever taken away while a device writes to them; elsewhere this is
+        `ensure(access="write")`, and in mode "r", which a device can only read, `ensure()`. Raises
+        what `ensure()` raises, and BudgetExceeded where more than half of the cap would be pinned
+        (and the file is larger than the cap).
+        """
+        index, nr_pages = self._span(range)
+        start, stop = byte_range(range, self.nbytes)
+        with self.buffer as memory:
+            view = memory[start:stop]
+            try:
+                if not nr_pages:
+                    yield view
+                    return
+                with self._ops.pin(index, nr_pages, "read" if self.mode == "r" else "write"):
+                    yield view
+            finally:
+                with suppress(BufferError):  # an array was made of it, and lives on as any other
+                    view.release()
 
     def evict(self, range: RangeArgument = None) -> int:
         """Gives memory back: the number of bytes that were. What was read can be read again; what is

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
 
 from uffd_vm.errors import (
@@ -96,6 +96,9 @@ class VmOps(Protocol):
     def prefetch(self, index: int, nr_pages: int) -> None: ...
     def load(self, index: int, nr_pages: int) -> None: ...
     def ensure(self, index: int, nr_pages: int, access: str, hold: Hold = ...) -> None: ...
+    def pin(
+        self, index: int, nr_pages: int, access: str
+    ) -> contextlib.AbstractContextManager[None]: ...
     def evict(self, index: int, nr_pages: int) -> int: ...
     def flush(self, index: int, nr_pages: int) -> None: ...
     def protect(self, index: int, nr_pages: int) -> int: ...
@@ -394,6 +397,52 @@ class UserfaultOps(_Memory):
                 bad = middle
         return good
 
+    @contextlib.contextmanager
+    def pin(self, index: int, nr_pages: int, access: str) -> Iterator[None]:
+        if access == "read":  # what a device reads stays right, also where reclaim takes the page
+            self.ensure(index, nr_pages, access)
+            yield
+            return
+        number = None
+        if self._shared:  # private pages are never taken away
+            number = self._pin(index, nr_pages)
+        try:
+            self.ensure(index, nr_pages, access)
+            try:
+                yield
+            finally:
+                self._set_dirty(index, nr_pages)
+        finally:
+            if number is not None:
+                self._check(lib.uvm_region_unpin(self.handle, number), "pin")
+
+    def _pin(self, index: int, nr_pages: int) -> int:
+        self.check_open()
+        number = int(lib.uvm_region_pin(self.handle, index, nr_pages))
+        if number == -errno.ENOBUFS:
+            _, cap = self.cache_sizes()
+            raise BudgetExceeded(
+                f"pin: region {self.name!r}: with these {nr_pages} pages more than half of the cap of the "
+                f"file's page cache ({cap // PAGE_SIZE} pages) would be pinned, and what is pinned cannot be "
+                "evicted. Pin smaller ranges one after another, end other pins first, or map it with a "
+                "larger cap="
+            )
+        if number == -errno.EMFILE:
+            raise BudgetExceeded(
+                f"pin: region {self.name!r}: too many ranges of its file are pinned at a time; end some of "
+                "them first, or pin fewer and larger ones"
+            )
+        return self._check(number, "pin")
+
+    def _set_dirty(self, index: int, nr_pages: int) -> None:
+        """As unpin_user_pages_dirty_lock(): no page table has seen what a device stored after a protect(),
+        or while a write-back that was under way when it began took its copy."""
+        rc = self._madvise(index, nr_pages, _POPULATE["write"])
+        if rc == -errno.EFAULT:  # in user mode only, a protected page
+            lib.uvm_touch(self._address(index), nr_pages, 1)
+        elif rc < 0:
+            self._raise_errno(rc, "what was pinned could not be marked dirty", index)
+
     def evict(self, index: int, nr_pages: int) -> int:
         self._check_sticky()
         if self._request:
@@ -567,6 +616,11 @@ class KernelOps(_Memory):
         if rc == -errno.EFAULT:
             self.check()
         check(rc, "MADV_POPULATE", region=self.name)
+
+    @contextlib.contextmanager
+    def pin(self, index: int, nr_pages: int, access: str) -> Iterator[None]:
+        self.ensure(index, nr_pages, access)  # the kernel knows what it has pinned
+        yield
 
     def evict(self, index: int, nr_pages: int) -> int:
         """Drops pages from this process and, where nobody else maps them, from the page cache.

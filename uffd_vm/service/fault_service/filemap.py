@@ -36,9 +36,11 @@ WRITEBACK_PAGES = 64
 _READ_RETRIES_S = (0.01, 0.02)
 _TRANSIENT = frozenset((errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS))
 CTL_OFFSET, CTL_BYTES = 65536, 66560  # UVM_CACHE_CTL_OFFSET, UVM_CACHE_CTL_BYTES
-_CTL_WORDS = 11  # struct uvm_cache_ctl
+NR_PINS = 1024  # UVM_CACHE_PINS
+SLOT_BITS, NR_EPOCHS = 12, 1 << 12  # UVM_CACHE_SLOT_BITS, UVM_CACHE_EPOCHS: of an owner
+_CTL_WORDS = 13  # struct uvm_cache_ctl
 _NR_PAGES, _SIZE, _MTIME_NS, _CAP, _NR_USED, _NR_DIRTY, _NR_PEAK = range(7)
-_WB_ERR_SEQ, _WB_ERR, _NR_WRITING = 8, 9, 10
+_WB_ERR_SEQ, _WB_ERR, _NR_WRITING, _NR_PINS, _PINS_AT = 8, 9, 10, 11, 12
 
 #: What says that the file is not the version that was mapped: it is shorter; it was changed.
 CHANGED = frozenset((errno.ENODATA, errno.ESTALE))
@@ -209,6 +211,9 @@ class PageCache:
         self.nr_pages = self._ctl[_NR_PAGES]
         self.size = self._ctl[_SIZE]
         self.folios = view[CTL_BYTES : CTL_BYTES + 4 * self.nr_pages].cast("I")
+        self._slots = view[:CTL_OFFSET].cast("I")  # pid, epoch, start_time (8 bytes) each
+        pins_at = self._ctl[_PINS_AT]
+        self._pins = view[pins_at : pins_at + 24 * NR_PINS].cast("Q")  # index, nr_pages, owner
         self.regions: list[Region] = []
         self.reads: dict[int, Read] = {}  # in flight, or complete and not yet taken, by folio
         self._nr_jobs = 0
@@ -388,6 +393,20 @@ class PageCache:
         view = read.buffer.view[offset : offset + (nr_pages << PAGE_SHIFT)]
         return os.pwrite(self.data_fd, view, index << PAGE_SHIFT)
 
+    # --- pins -----------------------------------------------------------------------------------
+
+    def pins(self) -> list[range]:
+        """The folios that are pinned for devices: dirty from then on, whatever is written back."""
+        found = []
+        for at in range(0, 3 * self._ctl[_NR_PINS], 3):
+            index, nr_pages, owner = self._pins[at : at + 3]
+            slot = 4 * (owner % (1 << SLOT_BITS))
+            pid, epoch = self._slots[slot : slot + 2]
+            alive = pid and epoch % NR_EPOCHS == owner >> SLOT_BITS
+            if nr_pages and alive:
+                found.append(range(index, index + nr_pages))
+        return found
+
     # --- reclaim --------------------------------------------------------------------------------
 
     @property
@@ -415,6 +434,7 @@ class PageCache:
         instruction that needs two pages would have one of them taken for the other, and the other for
         the one, for ever. Returns how many."""
         freed = 0
+        pins = self.pins()  # passed over: those are never given back
         left = len(self._extents)  # each once, however many pieces it is taken in
         while left and not self.room_for(nr_pages):
             index, n = self._extents.popleft()
@@ -424,7 +444,10 @@ class PageCache:
             else:
                 left -= 1
             freed += self.evict_clean(index, take, requeue=True)
-            if any(self.state(folio) in _NOT_HOME for folio in range(index, index + take)):
+            if any(
+                self.state(folio) in _NOT_HOME and not _in(pins, folio)
+                for folio in range(index, index + take)
+            ):
                 break
         return freed
 
@@ -463,7 +486,8 @@ class PageCache:
         self, index: int, nr_pages: int, protect: Callable[[PageCache, int, int], None]
     ) -> Task:
         """Brings the dirty folios of [index, index + nr_pages) home. Each is write-protected in every
-        page table before it is copied out, so that a store meanwhile makes it dirty again."""
+        page table before it is copied out, so that a store meanwhile makes it dirty again. Those that are
+        pinned are written, and stay dirty and writable."""
         written = 0
         folio, end = index, index + nr_pages
         while folio < end:
@@ -472,7 +496,11 @@ class PageCache:
             while self.writing is not None:
                 yield self.writing
             first = folio
+            pins = self.pins()
+            pinned = _in(pins, first)
             while folio < end and folio - first < WRITEBACK_PAGES and self.state(folio) == _DIRTY:
+                if _in(pins, folio) != pinned:
+                    break
                 folio += 1
             if folio == first:
                 folio += 1
@@ -480,21 +508,26 @@ class PageCache:
             written += folio - first
             done = self.writing = Event()
             try:
-                yield from self._write_back_run(first, folio - first, protect)
+                yield from self._write_back_run(first, folio - first, protect, pinned)
             finally:
                 self.writing = None
                 done.happen()
         return written
 
     def _write_back_run(
-        self, index: int, nr_pages: int, protect: Callable[[PageCache, int, int], None]
+        self,
+        index: int,
+        nr_pages: int,
+        protect: Callable[[PageCache, int, int], None],
+        pinned: bool,
     ) -> Task:
         buffer = self.buffers.get(nr_pages)
         try:
             if err := self.version_check():
                 raise OSError(err, "the file changed since it was mapped")
-            self.set_state(index, nr_pages, _WRITEBACK)
-            protect(self, index, nr_pages)
+            if not pinned:
+                self.set_state(index, nr_pages, _WRITEBACK)
+                protect(self, index, nr_pages)
             offset = index << PAGE_SHIFT
             nr_bytes = min(nr_pages << PAGE_SHIFT, self.size - offset)
             os.preadv(self.data_fd, [buffer.view[:nr_bytes]], offset)
@@ -506,9 +539,10 @@ class PageCache:
             finally:
                 self._ctl[_NR_WRITING] -= 1
             err = -min(job.result, 0)
+            pins = self.pins()  # since then
             for folio in range(index, index + nr_pages):
                 if self.state(folio) == _WRITEBACK:  # else a store made it dirty meanwhile
-                    self.set_state(folio, 1, _DIRTY if err else _UPTODATE)
+                    self.set_state(folio, 1, _DIRTY if err or _in(pins, folio) else _UPTODATE)
             if err:
                 self._ctl[_WB_ERR_SEQ] += 1
                 self._ctl[_WB_ERR] = err
@@ -536,11 +570,15 @@ class PageCache:
         return self._nr_jobs > 0 or any(not read.happened for read in self.reads.values())
 
     def oldest_dirty(self) -> tuple[int, int] | None:
-        """The first run of dirty folios in the order they were filled; at most WRITEBACK_PAGES."""
+        """The first run of dirty folios in the order they were filled; at most WRITEBACK_PAGES. None that
+        is pinned: it would not be clean afterwards."""
+        pins = self.pins()
         for index, nr_pages in self._extents:
             for folio in range(index, index + nr_pages):
-                if self.state(folio) == _DIRTY:
-                    return folio, min(WRITEBACK_PAGES, index + nr_pages - folio)
+                if self.state(folio) == _DIRTY and not _in(pins, folio):
+                    end = min(folio + WRITEBACK_PAGES, index + nr_pages)
+                    stop = next((at for at in range(folio, end) if _in(pins, at)), end)
+                    return folio, stop - folio
         return None
 
     def take_write_back_error(self) -> int:
@@ -551,11 +589,15 @@ class PageCache:
         return self._ctl[_WB_ERR]
 
     def close(self) -> None:
-        self._ctl.release()
-        self.folios.release()
+        for view in (self._ctl, self.folios, self._slots, self._pins):
+            view.release()
         self._map.close()
         for fd in (self.ctl_fd, self.data_fd, self.file_fd):
             os.close(fd)
+
+
+def _in(pins: list[range], folio: int) -> bool:
+    return any(folio in pin for pin in pins)
 
 
 def _fsync(fd: int) -> int:

@@ -421,11 +421,14 @@ class Mm:
         return armed
 
     def protect_range(self, region: Region, index: int, nr_pages: int) -> Task:
-        """Starts a new period of write tracking. Returns how many pages were armed."""
+        """Starts a new period of write tracking. Returns how many pages were armed: not those that are
+        pinned, which a device may store to unseen, and which go on counting as written."""
         handle, generation = region.handle, region.generation
         armed = 0
         for first, n in _chunks(index, nr_pages):
-            armed += self.protect(self.live(handle, generation), first, n)
+            region = self.live(handle, generation)
+            for at, end in _unpinned_runs(region, first, first + n):
+                armed += self.protect(region, at, end - at)
             yield self.cond_resched()
         return armed
 
@@ -468,6 +471,18 @@ def _chunks(index: int, nr_pages: int) -> Iterator[tuple[int, int]]:
     """(index, number of pages) of the pieces of a range; one piece of nothing where that is empty."""
     for first in range(index, index + max(nr_pages, 1), _CHUNK_PAGES):
         yield first, min(_CHUNK_PAGES, index + nr_pages - first)
+
+
+def _unpinned_runs(region: Region, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """[first, end) of the region without what is pinned for devices."""
+    cache = region.cache
+    pins = cache.pins() if cache is not None and region.shared else []
+    for pin in sorted(pins, key=lambda pin: pin.start):
+        if first < min(pin.start - region.pgoff, end):
+            yield first, min(pin.start - region.pgoff, end)
+        first = max(first, pin.stop - region.pgoff)
+    if first < end:
+        yield first, end
 
 
 def _failed(err: int, index: int) -> OSError:
