@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -252,4 +253,7 @@ def leaks_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_sessionstart() -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A job of a shell in the background ignores Ctrl-C, and so would the programs that the tests start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     features.probe()
