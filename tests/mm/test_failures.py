@@ -115,3 +115,31 @@ def test_load_is_exact_whichever_call_fails(make_file, op, code):
             assert bytes(region.buffer) == content
 
     until_clean(op, code, run)
+
+
+@pytest.mark.parametrize("service", ["native", "inline"])
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+def test_half_of_the_pages_fail_and_the_other_half_is_right(make_file, mode, service):
+    """Every even page cannot be read: exactly those fail, and nothing around them."""
+    nr_pages = 24
+    path = make_file(nr_pages * PAGE_SIZE)
+    data = path.read_bytes()
+    with uv.map(
+        path, mode, service=service, fault_around_bytes=PAGE_SIZE, readahead_bytes=0
+    ) as region:
+        with region.buffer as mv:
+            failed = []
+            for page in range(nr_pages):
+                if page % 2:
+                    assert touch(mv, page * PAGE_SIZE) == data[page * PAGE_SIZE]
+                    continue
+                with (
+                    inject("PREAD", errno.EIO, count=1000),
+                    inject("PREAD_NOWAIT", errno.EAGAIN, count=1000),
+                    pytest.raises(uv.SourceError) as raised,
+                ):
+                    touch(mv, page * PAGE_SIZE)
+                failed.append(raised.value.index)
+            assert failed == list(range(0, nr_pages, 2))
+            assert region.stats()["io_error"] == nr_pages // 2
+            assert bytes(mv) == data

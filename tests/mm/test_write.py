@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -331,6 +333,25 @@ def test_a_write_by_a_system_call_is_seen(tracked):
     os.close(read)
     os.close(write)
     assert tracked.dirty() == P(7)
+
+
+def test_mprotect_away_and_back_neither_loses_a_write_nor_makes_one_up(tracked):
+    """The user's own mprotect(), as a checkpointing library does it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    with tracked.buffer as mv:
+        for page in range(10):
+            mv[page * PAGE_SIZE] = 1
+        tracked.protect()
+        mv[2 * PAGE_SIZE] = 2
+        for prot in (mmap.PROT_READ, 0, mmap.PROT_READ | mmap.PROT_WRITE):
+            assert libc.mprotect(tracked.address, 10 * PAGE_SIZE, prot) == 0
+        assert tracked.dirty() == P(2)
+        assert [mv[page * PAGE_SIZE] for page in range(4)] == [1, 1, 2, 1]
+        assert tracked.dirty() == P(2)
+        mv[7 * PAGE_SIZE] = 3
+        assert tracked.dirty() == P(2, 7)
+    check_all(tracked)
 
 
 def test_the_last_range_ends_with_the_region(make_file):
