@@ -134,6 +134,9 @@ static struct {
 	struct told told[MAX_TOLD];
 	struct poisoned poisoned[MAX_POISONED]; /* a ring, oldest first */
 	uint64_t poison_head, poison_tail;
+	/* Why: the newest overwrites the oldest, whose page is not poisoned any more by then. */
+	struct uvm_failure records[MAX_POISONED];
+	uint64_t nr_records;
 } failures = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
 static _Atomic int nr_placeholders;
@@ -175,13 +178,13 @@ static void unlock(void)
 static void janitor_ensure(void);
 
 /* --- records ------------------------------------------------------------------------------------ */
-static struct uvm_failure *record_find(struct uvm_region *r, uint64_t index) /* locked */
+static struct uvm_failure *record_find(int64_t region, uint64_t index) /* locked */
 {
-	uint64_t n = atomic_load(&r->nr_failures);
+	uint64_t n = failures.nr_records;
 
-	for (uint64_t back = 0; back < UVM_FAILURES && back < n; back++) {
-		struct uvm_failure *f = &r->failures[(n - 1 - back) % UVM_FAILURES];
-		if (f->index == index && f->region)
+	for (uint64_t back = 0; back < MAX_POISONED && back < n; back++) {
+		struct uvm_failure *f = &failures.records[(n - 1 - back) % MAX_POISONED];
+		if (f->index == index && f->region == region)
 			return f;
 	}
 	return NULL;
@@ -192,18 +195,15 @@ static void interrupt_used(void);
 void uvm_failure_record(struct uvm_region *r, uint64_t index, int kind, int err)
 {
 	lock();
-	struct uvm_failure *known = record_find(r, index);
+	struct uvm_failure *known = record_find(uvm_region_handle(r), index);
 	/* A late message of a page that is poisoned already says no reason: the first one stays. */
 	if (!known || atomic_load(&r->ptes[index]) != UVM_PTE_POISONED) {
-		uint64_t n = atomic_load(&r->nr_failures);
-		r->failures[n % UVM_FAILURES] = (struct uvm_failure){
+		failures.records[failures.nr_records++ % MAX_POISONED] = (struct uvm_failure){
 			.region = uvm_region_handle(r),
 			.index = index,
 			.kind = kind,
 			.err = err,
-			.seq = n + 1,
 		};
-		atomic_store(&r->nr_failures, n + 1);
 	}
 	unlock();
 	if (kind == UVM_FAILURE_INTERRUPT)
@@ -1306,7 +1306,7 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		nanosleep(&grace, NULL);
 	}
 	lock();
-	struct uvm_failure *known = record_find(r, index);
+	struct uvm_failure *known = record_find(f.region, index);
 	if (known)
 		f = *known;
 	if (r->on_error == UVM_ON_ERROR_SIGBUS && f.kind != UVM_FAILURE_INTERRUPT) {

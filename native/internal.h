@@ -29,7 +29,6 @@ enum {
 	UVM_RECENT = UVM_MIN_CAP_PAGES / 2,
 	UVM_MAX_WORKERS = 32,
 	UVM_BUFFER_BYTES = UVM_PMD_PAGES * UVM_PAGE,
-	UVM_FAILURES = 64,
 };
 
 #define UVM_NO_INDEX UINT64_MAX
@@ -215,11 +214,7 @@ struct uvm_region {
 		ra_end;            /* of what it brought and what was asked for ahead of it */
 	_Atomic uint32_t ra_block; /* pages at a time */
 
-	/* The last failures, newest overwrites oldest; under failure_lock. */
-	pthread_mutex_t failure_lock;
-	struct uvm_failure *failures; /* UVM_FAILURES of them, elsewhere: rarely touched */
-	_Atomic uint64_t nr_failures;
-	struct uvm_failure sticky; /* region != 0: nobody could be told */
+	struct uvm_failure sticky; /* region != 0: nobody could be told; under the lock of failures */
 };
 
 static inline int64_t uvm_region_handle(const struct uvm_region *r)

@@ -16,7 +16,6 @@ struct span {
 struct uvm_space uvm_space = {.mutex = PTHREAD_MUTEX_INITIALIZER, .pagemap_fd = -1};
 
 static struct uvm_region *slots;
-static struct uvm_failure *failures; /* UVM_FAILURES a slot */
 static struct span *spans;
 static _Atomic uint32_t nr_spans;
 static _Atomic uint32_t spans_seq; /* odd while the array changes */
@@ -43,12 +42,6 @@ static int table_init(void) /* space.mutex held */
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &p);
 	if (rc < 0)
 		return rc;
-	uint64_t f;
-	rc = sys_mmap(0, UVM_MAX_REGIONS * UVM_FAILURES * sizeof *failures, PROT_READ | PROT_WRITE,
-		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &f);
-	if (rc < 0)
-		return rc;
-	failures = (void *)(uintptr_t)f;
 	for (int i = 0; i < UVM_PTL_SHARDS; i++)
 		pthread_mutex_init(&ptls[i], NULL);
 	slots = (void *)(uintptr_t)p;
@@ -350,9 +343,7 @@ static struct uvm_region *slot_take(void)
 	if (nr_slots == UVM_MAX_REGIONS)
 		return NULL;
 	slots[nr_slots].slot = nr_slots;
-	slots[nr_slots].failures = &failures[nr_slots * UVM_FAILURES];
 	atomic_store(&slots[nr_slots].generation, 1);
-	pthread_mutex_init(&slots[nr_slots].failure_lock, NULL);
 	return &slots[nr_slots++];
 }
 
@@ -432,8 +423,6 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	atomic_store(&r->ra_start, UVM_NO_INDEX);
 	atomic_store(&r->ra_end, 0);
 	atomic_store(&r->ra_block, r->fault_around_pages);
-	if (atomic_exchange(&r->nr_failures, 0))
-		memset(r->failures, 0, UVM_FAILURES * sizeof *r->failures);
 	memset(&r->sticky, 0, sizeof r->sticky);
 	r->cache = c;
 	r->shared = c ? c->shared : NULL;

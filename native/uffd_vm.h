@@ -216,7 +216,6 @@ struct uvm_failure {
 	uint64_t index;
 	int kind; /* enum uvm_failure_kind */
 	int err;
-	uint64_t seq; /* of failures in this region */
 };
 /* Installs the SIGBUS handler (idempotent). Says whether ours is in force: 1 yes, 0 replaced since. */
 int uvm_sigbus_install(void);
