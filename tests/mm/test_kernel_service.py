@@ -13,7 +13,7 @@ import pytest
 
 import uffd_vm as uv
 from tests.support import run_in_child
-from uffd_vm.mm import address_space as address_space_module
+from uffd_vm.mm import arguments
 from uffd_vm.page import PAGE_SIZE
 
 
@@ -37,18 +37,18 @@ def test_wishes_that_the_kernel_cannot_fulfil(make_file, uffd, wish):
 
 def test_a_remote_file_is_ours(make_file, monkeypatch, uffd):
     for kind in ("nfs4", "fuse.sshfs", "fuse", "cifs", "9p"):
-        monkeypatch.setattr(address_space_module, "filesystem_of", lambda device, kind=kind: kind)
+        monkeypatch.setattr(arguments, "filesystem_of", lambda device, kind=kind: kind)
         with uv.map(make_file()) as region:
             assert region.service == "native" and kind in region.service_reason
     for kind in ("ext4", "fuseblk", "overlay", None):
-        monkeypatch.setattr(address_space_module, "filesystem_of", lambda device, kind=kind: kind)
+        monkeypatch.setattr(arguments, "filesystem_of", lambda device, kind=kind: kind)
         with uv.map(make_file()) as region:
             assert region.service == "kernel"
 
 
 def test_the_file_system_of_a_path_is_found():
-    assert address_space_module.filesystem_of(os.stat("/proc").st_dev) == "proc"
-    assert address_space_module.filesystem_of(0xFFFFF) is None
+    assert arguments.filesystem_of(os.stat("/proc").st_dev) == "proc"
+    assert arguments.filesystem_of(0xFFFFF) is None
 
 
 @pytest.mark.parametrize("mode", ["r", "c", "r+"])

@@ -15,26 +15,37 @@ import errno
 import functools
 import itertools
 import logging
-import math
 import mmap
 import os
-import re
 import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from uffd_vm.config import Options, config, parse_size
-from uffd_vm.errors import FeatureUnavailable, InvalidArgument, SourceChanged, UffdError
-from uffd_vm.fault.fault import Backing, FaultFlag, FaultKind
-from uffd_vm.fault.pte import PteState
-from uffd_vm.fault.table import reachable_states, unexecutable
+from uffd_vm.config import config, parse_size
+from uffd_vm.errors import InvalidArgument, SourceChanged, UffdError
+from uffd_vm.fault.fault import Backing, FaultFlag
 from uffd_vm.kernel import features
 from uffd_vm.kernel._lib import check, ffi, lib
+from uffd_vm.mm.arguments import (
+    Mode,
+    OnError,
+    Service,
+    Settings,
+    Size,
+    check_budget,
+    check_hook,
+    check_kinds,
+    check_mode,
+    checked,
+    choose_service,
+    length_of,
+    path_of,
+    refuse_unexecutable,
+)
 from uffd_vm.mm.mapping import Mapping, retry_orphans
 from uffd_vm.mm.page_cache import (
     FileVersion,
@@ -45,198 +56,44 @@ from uffd_vm.mm.page_cache import (
 )
 from uffd_vm.mm.region import Region, RegionSpec
 from uffd_vm.mm.vm_ops import KernelOps, UserfaultOps, VmOps
-from uffd_vm.page import PAGE_SIZE, is_page_aligned, round_up
+from uffd_vm.page import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
     from uffd_vm.service.failure import InlineHandlers
     from uffd_vm.service.python import PageMkwrite, RegionDescriptor
 
-__all__ = ["AddressSpace", "Mode", "OnError", "Service", "address_space", "anonymous", "map"]
+__all__ = ["AddressSpace", "address_space", "anonymous", "map"]
 
 log = logging.getLogger("uffd_vm")
 
-Mode: TypeAlias = Literal["r", "c", "r+"]
-Service: TypeAlias = Literal["auto", "native", "python", "inline", "kernel"]
-OnError: TypeAlias = Literal["raise", "sigbus"]
-Size: TypeAlias = "int | str"
-
-_MODES = ("r", "c", "r+")
-_SERVICES = ("auto", "native", "python", "inline", "kernel")
 _SERVICE_KIND = {
     "native": lib.UVM_SERVICE_NATIVE,
     "python": lib.UVM_SERVICE_PYTHON,
     "inline": lib.UVM_SERVICE_INLINE,
 }
-_MAX_FAULT_AROUND = 2 << 20
-_MAX_READAHEAD = 2 << 20
-_MAX_DEADLINE = 366 * 86400.0
-#: How the kernel's own mmap is made for each mode: (flags, prot).
-_PLAIN = {
+#: By mode: (flags, prot) of mmap(2), of the file itself or of the memfd that is its page cache.
+_MMAP = {
     "r": (mmap.MAP_SHARED, mmap.PROT_READ),
     "c": (mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE),
     "r+": (mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
 }
-_REMOTE = re.compile(r"(nfs\d?|cifs|smb\d?|9p|virtiofs|ceph|lustre|glusterfs|afs|fuse(\.\S*)?)$")
+_BACKING = {
+    "r": Backing.SHARED_FILE,
+    "c": Backing.PRIVATE_FILE,
+    "r+": Backing.SHARED_FILE,
+}
 
 
-# --- arguments ------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    """Which bytes of which file, and what the region is called, while it is being made."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """Checked arguments of one region, in the units of native code."""
-
-    service: str
-    fault_around_pages: int
-    readahead_pages: int
-    deadline_ns: int
-    on_error: str
-    cap: int
-    cap_is_explicit: bool
-
-
-def _one_of(value: object, allowed: tuple[str, ...], what: str) -> str:
-    if value not in allowed:
-        raise InvalidArgument(f"{what}: {value!r} is none of {', '.join(repr(a) for a in allowed)}")
-    return str(value)
-
-
-def _checked(options: Options, *, cap_is_explicit: bool) -> _Settings:
-    around = parse_size(options.fault_around_bytes, what="fault_around_bytes")
-    if not PAGE_SIZE <= around <= _MAX_FAULT_AROUND or around & (around - 1):
-        raise InvalidArgument(
-            f"fault_around_bytes: {around} is no power of two from {PAGE_SIZE} (one page: off) to "
-            f"{_MAX_FAULT_AROUND}"
-        )
-    readahead = parse_size(options.readahead_bytes, what="readahead_bytes")
-    if readahead > _MAX_READAHEAD or not is_page_aligned(readahead):
-        raise InvalidArgument(
-            f"readahead_bytes: {readahead} is no multiple of {PAGE_SIZE} from 0 (off) to {_MAX_READAHEAD}"
-        )
-    deadline = options.deadline
-    if isinstance(deadline, bool) or not isinstance(deadline, (int, float)):
-        raise InvalidArgument(f"deadline: {deadline!r} is no number of seconds")
-    if not 0 < deadline <= _MAX_DEADLINE or math.isnan(deadline):
-        raise InvalidArgument(
-            f"deadline: {deadline} seconds is not above 0 and at most {_MAX_DEADLINE:.0f}: a fault that "
-            "nothing ends would hang"
-        )
-    cap = parse_size(options.cap, what="cap")
-    if cap < PAGE_SIZE:
-        raise InvalidArgument(f"cap: {cap} bytes is less than one page ({PAGE_SIZE})")
-    return _Settings(
-        service=_one_of(options.service, _SERVICES, "service"),
-        fault_around_pages=around // PAGE_SIZE,
-        readahead_pages=readahead // PAGE_SIZE,
-        deadline_ns=int(deadline * 1e9),
-        on_error=_one_of(options.on_error, ("raise", "sigbus"), "on_error"),
-        cap=cap,
-        cap_is_explicit=cap_is_explicit,
-    )
-
-
-def _check_kinds(track: object, trace: object, name: object) -> None:
-    """What says yes or no must not be said by something that only looks true; a name is for people."""
-    for what, value in (("track", track), ("trace", trace)):
-        if not isinstance(value, bool):
-            raise InvalidArgument(f"{what}: {value!r} is neither True nor False")
-    if name is not None and not isinstance(name, str):
-        raise InvalidArgument(
-            f"name: {name!r} is no str; it is what error messages call the region"
-        )
-
-
-def _path_of(path: object) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise InvalidArgument(
-            f"map: {type(path).__name__} is no path; this version maps local files (a str or os.PathLike)"
-        )
-    name = os.fspath(path)
-    if not isinstance(name, str):
-        name = os.fsdecode(name)
-    if not name:
-        raise InvalidArgument("map: '' is no path")
-    if "\0" in name:
-        raise InvalidArgument(
-            f"map: {name!r} is no path: it has a NUL character, which ends a path; take it out"
-        )
-    if re.match(r"[a-z][a-z0-9+.-]+://", name):
-        raise FeatureUnavailable(
-            f"map: {name!r} is a URL, and this version maps local files only; download it, or mount it"
-        )
-    return name
-
-
-def _length_of(path: str, size: int, offset: int, length: int | None) -> int:
-    """Bytes to map of a file of `size` bytes. Raises InvalidArgument."""
-    for what, value in (("offset", offset), ("length", length)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InvalidArgument(f"{what}: {value!r} is no int")
-    if offset < 0:
-        raise InvalidArgument(f"offset: {offset} is negative")
-    if not is_page_aligned(offset):
-        raise InvalidArgument(
-            f"offset: {offset} is no multiple of the page size {PAGE_SIZE}; map from "
-            f"{offset // PAGE_SIZE * PAGE_SIZE} and use array(offset=...)"
-        )
-    if size == 0:
-        raise InvalidArgument(
-            f"{path!r} is empty (or, as in /proc, has no size): there is nothing to map"
-        )
-    if offset >= size:
-        raise InvalidArgument(f"offset: {offset} is at or past the end of {path!r} ({size} bytes)")
-    if length is None:
-        return size - offset
-    if length <= 0:
-        raise InvalidArgument(f"length: {length} is not above 0")
-    if offset + length > size:
-        raise InvalidArgument(
-            f"length: {length} bytes from {offset} end past {path!r}, which has {size}; a region never "
-            "extends a file (os.truncate() it first)"
-        )
-    return length
-
-
-def filesystem_of(device: int) -> str | None:
-    """Type of the mounted file system with this st_dev ("ext4"), None if it cannot be told."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-    except OSError:
-        return None
-    for line in mounts.splitlines():
-        fields, _, rest = line.partition(" - ")
-        if fields.split()[2] == wanted:
-            return rest.split()[0]
-    return None
-
-
-def choose_service(asked: str, wishes: dict[str, bool], device: int) -> tuple[str, str]:
-    """Who serves a file, and why. `wishes` are the arguments that only userfaultfd can fulfil."""
-    need = [name for name, wished in wishes.items() if wished]
-    if asked == "kernel":
-        if need:
-            raise InvalidArgument(
-                f"service='kernel' cannot do {need[0]}=: the kernel's own mmap reports and limits nothing; "
-                "use service='native'"
-            )
-        return "kernel", "asked for"
-    if asked != "auto":
-        return asked, "asked for"
-    if need:
-        return "native", f"{need[0]}= needs faults to be seen"
-    filesystem = filesystem_of(device)
-    if filesystem is not None and _REMOTE.match(filesystem):
-        return (
-            "native",
-            f"the file is on {filesystem}: read-ahead, deadline and typed errors matter",
-        )
-    return "kernel", (
-        "a plain local file: the kernel's own page cache is fastest, and coherent with other processes"
-    )
-
-
-# --- the address space ----------------------------------------------------------------------------
+    fd: int
+    path: str
+    version: FileVersion
+    offset: int
+    nbytes: int
+    name: str
 
 
 @contextmanager
@@ -335,7 +192,7 @@ class AddressSpace:
         the OSError of open(2), RegionBusyError when another process has the file "r+", SourceChanged when
         the file changed under our hands, FeatureUnavailable or PermissionUnavailable with a cure.
         """
-        settings = _checked(
+        settings = checked(
             config.options(
                 service=service,
                 fault_around_bytes=fault_around_bytes,
@@ -346,40 +203,27 @@ class AddressSpace:
             ),
             cap_is_explicit=cap is not None,
         )
-        _one_of(mode, _MODES, "mode")
-        _check_kinds(track, trace, name)
-        if budget is not None:
-            refuse_unexecutable(
-                Backing.PRIVATE_FILE if mode == "c" else Backing.SHARED_FILE,
-                FaultFlag.TRACKED,
-                budget=budget,
-                writable=mode == "r+",
-            )
-            raise FeatureUnavailable("budget=: not in this version; limit the page cache with cap=")
-        file = os.path.abspath(_path_of(path))
-        if track and mode == "r":
-            raise InvalidArgument("track: mode 'r' has no writes to track; use mode 'c' or 'r+'")
-        if page_mkwrite is not None:
-            if not callable(page_mkwrite):
-                raise InvalidArgument(
-                    f"page_mkwrite: {page_mkwrite!r} is no function of (offset, nr_bytes)"
-                )
-            if mode != "r+":
-                raise InvalidArgument("page_mkwrite: only mode 'r+' has writes that reach the file")
-            if settings.service != "python":
-                raise InvalidArgument(
-                    "page_mkwrite: a Python function cannot run in the process whose thread waits for it "
-                    "(it may hold the GIL); use service='python'"
-                )
-        with _telling_descriptors(file), ExitStack() as stack:
-            fd = stack.enter_context(open_file(file, writable=mode == "r+"))
+        check_mode(mode, track=track)
+        check_kinds(track, trace, name)
+        check_budget(budget, _BACKING[mode], writable=mode == "r+")
+        path = os.path.abspath(path_of(path))
+        check_hook(page_mkwrite, mode, settings.service)
+        with _telling_descriptors(path), ExitStack() as stack:
+            fd = stack.enter_context(open_file(path, writable=mode == "r+"))
             version = FileVersion.of(fd)
             if _version is not None and (version.size, version.mtime_ns) != (
                 _version.size,
                 _version.mtime_ns,
             ):
-                raise SourceChanged(f"{file!r} is not the version that was pickled; map it afresh")
-            nbytes = _length_of(file, version.size, offset, length)
+                raise SourceChanged(f"{path!r} is not the version that was pickled; map it afresh")
+            file = _File(
+                fd=fd,
+                path=path,
+                version=version,
+                offset=offset,
+                nbytes=length_of(path, version.size, offset, length),
+                name=name or os.path.basename(path),
+            )
             wishes = {
                 "cap": cap is not None,
                 "trace": trace,
@@ -387,7 +231,6 @@ class AddressSpace:
                 "page_mkwrite": page_mkwrite is not None,
             }
             serving, reason = choose_service(settings.service, wishes, version.device)
-            title = name or os.path.basename(file)
             arguments = {
                 "service": service,
                 "offset": offset,
@@ -401,62 +244,50 @@ class AddressSpace:
                 "track": track,
                 "name": name,
             }
-            spec = RegionSpec(file, mode, version, arguments)
-            log.info("map %r mode %r: served by %s (%s)", file, mode, serving, reason)
+            spec = RegionSpec(path, mode, version, arguments)
+            log.info("map %r mode %r: served by %s (%s)", path, mode, serving, reason)
+            mapping: Mapping
             ops: VmOps
             if serving == "kernel":
-                mapping, ops = self._map_plain(fd, title, mode, offset, nbytes, version)
+                mapping, ops = self._map_plain(file, mode)
             else:
-                mapping, ops = self._map_cached(
-                    fd,
-                    file,
-                    version,
-                    title,
-                    mode,
-                    offset,
-                    nbytes,
-                    serving,
-                    settings,
-                    track,
-                    page_mkwrite,
-                )
+                mapping, ops = self._map_cached(file, mode, serving, settings, track, page_mkwrite)
             if mode == "r+":
-                ops.home = (file, version)
+                ops.home = (path, version)
             region = Region(
                 mapping,
                 ops,
                 spec,
-                name=title,
+                name=file.name,
                 service=serving,
                 service_reason=reason,
                 tracked=track,
             )
-            if FileVersion.of(fd).size < offset + nbytes:
+            if FileVersion.of(fd).size < offset + file.nbytes:
                 region.discard()
                 raise SourceChanged(
-                    f"{file!r} shrank while it was mapped: it had {version.size} bytes when it was opened"
+                    f"{path!r} shrank while it was mapped: it had {version.size} bytes when it was opened"
                 )
             return region
 
-    def _map_plain(
-        self, fd: int, title: str, mode: str, offset: int, nbytes: int, version: FileVersion
-    ) -> tuple[Mapping, KernelOps]:
-        flags, prot = _PLAIN[mode]
+    def _map_plain(self, file: _File, mode: str) -> tuple[Mapping, KernelOps]:
+        flags, prot = _MMAP[mode]
         if mode == "r+":
-            lock_for_writing(fd, title, shared=True)
+            lock_for_writing(file.fd, file.path, shared=True)
         try:
-            mapping = Mapping.of_fd(fd, nbytes, offset=offset, flags=flags, prot=prot)
+            mapping = Mapping.of_fd(
+                file.fd, file.nbytes, offset=file.offset, flags=flags, prot=prot
+            )
         except ValueError:  # mmap looks at the size too
-            raise SourceChanged(f"region {title!r}: the file shrank while it was mapped") from None
+            raise SourceChanged(f"{file.path!r} shrank while it was mapped; try again") from None
         ops = KernelOps(
-            title,
+            file.name,
             mapping.address,
-            nbytes,
-            fd=fd,
-            offset=offset,
-            version=version,
+            file.nbytes,
+            fd=file.fd,
+            offset=file.offset,
+            version=file.version,
             mode=mode,
-            release=lambda: None,
         )
         mapping.own(ops, self)
         self._mappings.add(mapping)
@@ -464,45 +295,42 @@ class AddressSpace:
 
     def _map_cached(
         self,
-        fd: int,
-        file: str,
-        version: FileVersion,
-        title: str,
+        file: _File,
         mode: str,
-        offset: int,
-        nbytes: int,
         serving: str,
-        settings: _Settings,
+        settings: Settings,
         track: bool,
         hook: PageMkwrite | None,
     ) -> tuple[Mapping, UserfaultOps]:
-        features.require_library("writable files" if mode == "r+" else "lazy files")
+        private, shared_writable = mode == "c", mode == "r+"
+        features.require_library("writable files" if shared_writable else "lazy files")
         features.require_library("typed errors")
-        if track and mode == "c":
+        if track and private:
             features.require_library("write tracking")
-        writable = mode == "r+"
-        flags, prot = _PLAIN[mode]
+        flags, prot = _MMAP[mode]
         with self._locked(), ExitStack() as undo:
             cache = self._caches.get(
-                fd,
-                file,
-                version,
-                writable=writable,
-                sharing=_sharing(serving, track and mode == "c"),
+                file.fd,
+                file.path,
+                file.version,
+                writable=shared_writable,
+                sharing=_sharing(serving, track and private),
                 cap=settings.cap,
                 cap_is_explicit=settings.cap_is_explicit,
             )
             undo.callback(self._caches.put, cache)
-            mapping = Mapping.of_fd(cache.data_fd, nbytes, offset=offset, flags=flags, prot=prot)
+            mapping = Mapping.of_fd(
+                cache.data_fd, file.nbytes, offset=file.offset, flags=flags, prot=prot
+            )
             undo.callback(mapping.close)
             ops = self._register(
                 mapping,
-                title,
-                backing=Backing.PRIVATE_FILE if mode == "c" else Backing.SHARED_FILE,
+                file.name,
+                backing=_BACKING[mode],
                 cache=cache,
-                pgoff=offset // PAGE_SIZE,
+                pgoff=file.offset // PAGE_SIZE,
                 writable=mode != "r",
-                flags=(FaultFlag.TRACKED if track or writable else FaultFlag(0))
+                flags=(FaultFlag.TRACKED if track or shared_writable else FaultFlag(0))
                 | (FaultFlag.HOOK if hook is not None else FaultFlag(0)),
                 serving=serving,
                 settings=settings,
@@ -534,7 +362,7 @@ class AddressSpace:
         size = parse_size(nbytes, what="nbytes")
         if size == 0:
             raise InvalidArgument("nbytes: 0 is not above 0")
-        settings = _checked(
+        settings = checked(
             config.options(
                 service=service,
                 fault_around_bytes=fault_around_bytes,
@@ -543,10 +371,8 @@ class AddressSpace:
             ),
             cap_is_explicit=False,
         )
-        _check_kinds(track, trace, name)
-        if budget is not None:
-            refuse_unexecutable(Backing.ANON, FaultFlag.TRACKED, budget=budget)
-            raise FeatureUnavailable("budget=: not in this version")
+        check_kinds(track, trace, name)
+        check_budget(budget, Backing.ANON)
         if settings.service == "kernel":
             raise InvalidArgument(
                 "service='kernel': anonymous memory that the kernel serves alone is np.zeros(); use 'native'"
@@ -601,7 +427,7 @@ class AddressSpace:
         writable: bool,
         flags: FaultFlag,
         serving: str,
-        settings: _Settings,
+        settings: Settings,
         hook: PageMkwrite | None,
     ) -> UserfaultOps:
         """Makes the native region of a mapping, which owns it from then on. The lock is held."""
@@ -786,42 +612,6 @@ def _python_request(op: str, handle: int, index: int, count: int) -> int:
     from uffd_vm.service.python import python_service
 
     return python_service().request(op, handle, index, count)
-
-
-def refuse_unexecutable(
-    backing: Backing, flags: FaultFlag, *, budget: object = None, writable: bool = True
-) -> None:
-    """Raises FeatureUnavailable if a fault of such a region could be decided in a way that no executor of
-    this version carries out: said when the region is made, never found out at a fault."""
-    reasons = _unexecutable(backing, flags, budget is not None, writable)
-    if reasons:
-        asked = "budget=: " if budget is not None else ""
-        raise FeatureUnavailable(
-            f"{asked}not in this version: {reasons[0]}"
-            + (f", and {len(reasons) - 1} more" if len(reasons) > 1 else "")
-            + ("; a file's page cache is limited by cap=" if budget is not None else "")
-        )
-
-
-@functools.cache
-def _unexecutable(
-    backing: Backing, flags: FaultFlag, budgeted: bool, writable: bool
-) -> tuple[str, ...]:
-    kinds = {FaultKind.MISSING}
-    states = {PteState.NONE, PteState.BUSY, PteState.POISONED}
-    if FaultFlag.TRACKED in flags or budgeted:
-        kinds.add(FaultKind.WP)
-        flags |= FaultFlag.TRACKED
-        states |= {PteState.WRITE_PROTECTED, PteState.ZERO_WP}
-    if backing == Backing.SHARED_FILE and writable:
-        kinds.add(FaultKind.MINOR)
-        states |= {PteState.CACHED, PteState.EVICTING}
-    if budgeted:  # reclaim stages private pages, then swaps them
-        states |= {PteState.STAGED, PteState.SWAPPED}
-    if backing != Backing.ANON:
-        flags |= FaultFlag.CACHED
-    reachable = reachable_states(backing, flags, states, kinds)
-    return unexecutable(backing, flags, reachable, kinds)
 
 
 _configured = False

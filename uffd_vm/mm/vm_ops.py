@@ -558,14 +558,12 @@ class KernelOps(_Memory):
         offset: int,
         version: FileVersion,
         mode: str,
-        release: Callable[[], None],
     ) -> None:
         super().__init__(name, start, nbytes)
         self._fd = os.dup(fd)
         self._offset = offset
         self._version = version
         self._mode = mode
-        self._release = release
 
     @property
     def handle(self) -> int:
@@ -583,7 +581,6 @@ class KernelOps(_Memory):
     def close_end(self) -> None:
         self.closed = True
         os.close(self._fd)
-        self._release()
 
     def check(self) -> None:
         """Raises SourceChanged when the file is shorter than what is mapped: touching the end would
