@@ -27,12 +27,23 @@ def test_a_plain_local_file_is_the_kernels(make_file, caplog):
     assert "served by kernel" in caplog.text
 
 
-@pytest.mark.parametrize("wish", [{"cap": "1GiB"}, {"trace": True}, {"track": True}])
+@pytest.mark.parametrize(
+    "wish",
+    [{"cap": "1GiB"}, {"trace": True}, {"track": True}, {"deadline": 5}, {"on_error": "raise"}],
+)
 def test_wishes_that_the_kernel_cannot_fulfil(make_file, uffd, wish):
     with uv.map(make_file(), "c", **wish) as region:
         assert region.service == "native" and next(iter(wish)) in region.service_reason
     with pytest.raises(uv.InvalidArgument, match="service='native'"):
         uv.map(make_file(), "c", service="kernel", **wish)
+
+
+def test_what_plain_mmap_does_by_itself_is_no_wish(make_file):
+    with uv.map(make_file(), on_error="sigbus", fault_around_bytes=PAGE_SIZE) as region:
+        assert region.service == "kernel"
+    with uv.config.context(deadline=5, on_error="raise", cap="1GiB"):  # of the process, not the call
+        with uv.map(make_file()) as region:
+            assert region.service == "kernel"
 
 
 def test_a_remote_file_is_ours(make_file, monkeypatch, uffd):

@@ -176,7 +176,9 @@ class AddressSpace:
                             written back by `flush()` and `close()`, the file locked for this process
         service             who answers faults. "native": threads of this library. "python": the
                             reference written in Python, in its own process. "inline": the touching thread.
-                            "kernel": plain mmap. "auto": "kernel" where nothing below needs more
+                            "kernel": plain mmap. "auto": "kernel" for a plain local file, but "native"
+                            where the call gives what plain mmap cannot do:
+                            deadline, on_error="raise", cap, trace, track
         offset, length      bytes of the file; offset page-aligned, length None: to its end
         fault_around_bytes  mapped around a touched page; a power of two, one page: off
         readahead_bytes     largest block read ahead of a sequential reader; 0: off
@@ -226,9 +228,10 @@ class AddressSpace:
             )
             wishes = {
                 "cap": cap is not None,
+                "deadline": deadline is not None,
+                "on_error": on_error == "raise",
                 "trace": trace,
                 "track": track,
-                "page_mkwrite": page_mkwrite is not None,
             }
             serving, reason = choose_service(settings.service, wishes, version.device)
             arguments = {

@@ -210,19 +210,20 @@ def filesystem_of(device: int) -> str | None:
 
 
 def choose_service(asked: str, wishes: dict[str, bool], device: int) -> tuple[str, str]:
-    """Who serves a file, and why. `wishes` are the arguments that only userfaultfd can fulfil."""
+    """Who serves a file, and why. `wishes` are arguments of the call that only userfaultfd can fulfil:
+    none is ignored, since "auto" takes "native" for it, and "kernel" refuses it."""
     need = [name for name, wished in wishes.items() if wished]
     if asked == "kernel":
         if need:
             raise InvalidArgument(
-                f"service='kernel' cannot do {need[0]}=: the kernel's own mmap reports and limits nothing; "
-                "use service='native'"
+                f"service='kernel' cannot do {need[0]}=: the kernel's own mmap reports nothing, limits "
+                "nothing, and fails a page by SIGBUS alone; use service='native'"
             )
         return "kernel", "asked for"
     if asked != "auto":
         return asked, "asked for"
     if need:
-        return "native", f"{need[0]}= needs faults to be seen"
+        return "native", f"the kernel's own mmap cannot do {need[0]}="
     filesystem = filesystem_of(device)
     if filesystem is not None and _REMOTE.match(filesystem):
         return (
