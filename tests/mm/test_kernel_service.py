@@ -41,7 +41,8 @@ def test_wishes_that_the_kernel_cannot_fulfil(make_file, uffd, wish):
 def test_what_plain_mmap_does_by_itself_is_no_wish(make_file):
     with uv.map(make_file(), on_error="sigbus", fault_around_bytes=PAGE_SIZE) as region:
         assert region.service == "kernel"
-    with uv.config.context(deadline=5, on_error="raise", cap="1GiB"):  # of the process, not the call
+    # Of the process, not of the call:
+    with uv.config.context(deadline=5, on_error="raise", cap="1GiB"):
         with uv.map(make_file()) as region:
             assert region.service == "kernel"
 
