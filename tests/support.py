@@ -1,7 +1,7 @@
 """What tests share: raw memory of every kind, threads that touch it, children that may hang.
 
 A test that touches lazy memory in this process does it through `Touch` or `ctypes.memmove`, which give up
-the GIL; anything else that may hang goes through `run_in_child`.
+the GIL; anything else that may hang goes through `run_in_child`, or `run_program` where it is a text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -310,6 +311,27 @@ def run_in_child(
     if check and child.returncode != 0:
         raise AssertionError(f"the child ended with {child.returncode}\n{out}\n{err}")
     return ChildResult(child.returncode, out, err, value)
+
+
+def program(code: str, prelude: str = "", timeout: float = 60) -> str:
+    """The source of a program: what tests/program.py offers, then `prelude`, then `code`.
+
+    A moment before `timeout` it prints the stacks of its threads and ends itself.
+    """
+    watchdog = f"faulthandler.dump_traceback_later({timeout - min(5, timeout / 2)}, exit=True)"
+    parts = ("from tests.program import *", watchdog, prelude, code)
+    return "\n".join(map(textwrap.dedent, parts))
+
+
+def run_program(
+    code: str, *, prelude: str = "", status: int = 0, timeout: float = 60
+) -> ChildResult:
+    """Runs `program(code, prelude)` as run_in_child does; it has to end with `status`."""
+    # faulthandler's handlers would lie under ours, and some programs ask what is there.
+    env = {"PYTHONFAULTHANDLER": ""}
+    done = run_in_child(program(code, prelude, timeout), timeout=timeout, check=False, env=env)
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def _child_main(blob: str) -> None:

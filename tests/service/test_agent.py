@@ -3,32 +3,19 @@ faults when that process dies. In a child each: a mistake is a hang with the GIL
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
+import functools
+
+import pytest
+
+from tests.support import run_program
+from uffd_vm.kernel.features import Feature
+
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
 
 PRELUDE = """
-import errno, faulthandler, os, signal, socket, struct, subprocess, sys, tempfile, threading, time
-faulthandler.dump_traceback_later(50, exit=True)
-import numpy as np
-import uffd_vm as uv
-from uffd_vm.kernel._lib import ffi, lib
 from uffd_vm.service.python import python_service
 
-PAGE = 4096
 DONTNEED, PROTECT_READ, FAILED, EVICT = 1, 2, 3, 4
-data = os.urandom(PAGE // 2).replace(b"\\xff", b"x") * 2 * 64
-file = tempfile.NamedTemporaryFile()
-file.write(data)
-file.flush()
-
-def raises(cls, fn, *args):
-    try:
-        value = fn(*args)
-    except cls as error:
-        return error
-    raise SystemExit(f"no {cls.__name__}: {value!r:.200}")
 
 class Peer:
     '''The other end of the agent's socket, in place of the service process.'''
@@ -58,17 +45,7 @@ class Peer:
         self.socket.close()
 """
 
-
-def run(code: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=dict(os.environ),
-        check=False,
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+run = functools.partial(run_program, prelude=PRELUDE)
 
 
 def test_requests_are_checked_against_region_and_generation() -> None:

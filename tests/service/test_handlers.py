@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
+import functools
 
 import pytest
 
+from tests.support import run_program
 from uffd_vm.kernel.features import Feature
 
 pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
 
 PRELUDE = """
-import ctypes, faulthandler, logging, os, signal, tempfile
-import uffd_vm as uv
-
-PAGE = 4096
-data = os.urandom(64 * PAGE)
-file = tempfile.NamedTemporaryFile()
-file.write(data)
-file.flush()
-
-def raises(cls, fn, *args):
-    try:
-        value = fn(*args)
-    except cls as error:
-        return error
-    raise SystemExit(f"no {cls.__name__}: {value!r:.200}")
-
 def by_python():
     signal.signal(signal.SIGBUS, seen.append)
 seen = []
 """
 
-
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=dict(os.environ),
-        check=False,
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
+run = functools.partial(run_program, prelude=PRELUDE)
 
 CALLS = {
     "load": "region.load()",

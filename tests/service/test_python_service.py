@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
+from tests.support import ROOT, program, run_program
 from uffd_vm.fault.action import Action
 from uffd_vm.fault.fault import FaultResult
 from uffd_vm.kernel._lib import ffi, lib
@@ -32,14 +32,13 @@ from uffd_vm.service import trace
 from uffd_vm.service.fault_service import agent, filemap, protocol
 from uffd_vm.service.python import python_service
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
+
 NR_PAGES = 100
 
 
 @pytest.fixture(autouse=True)
 def _python_service() -> Iterator[None]:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
     yield
     if service_module._service is not None:
         service_module._service.close()
@@ -246,15 +245,14 @@ def test_hook_that_agrees_lets_the_store_through(path: Path) -> None:
 
 def test_hook_that_denies_makes_the_store_fail(path: Path) -> None:
     before = path.read_bytes()
-    run = in_child(f"""
+    code = f"""
         region = uv.map({str(path)!r}, mode="r+", service="python", page_mkwrite="deny".format)
         memory = region.buffer
         assert memory[0] == {before[0]}
         memory[0] ^= 0xFF
         print("not reached")
-    """)
-    assert run.returncode == -signal.SIGSEGV, run.stderr
-    assert run.stdout == ""
+    """
+    assert run_program(code, status=-signal.SIGSEGV).stdout == ""
     assert path.read_bytes() == before
 
 
@@ -293,14 +291,14 @@ def test_store_that_waits_past_its_deadline_raises_and_is_not_made(path: Path) -
 def test_store_into_a_present_page_that_waits_past_its_deadline_is_denied(path: Path) -> None:
     """Its page is there: poison would be refused for ever, and the store would fault again without end."""
     before = path.read_bytes()
-    run = in_child(f"""
+    code = f"""
         region = uv.map({str(path)!r}, "r+", service="python", page_mkwrite="wait".format, deadline=0.3)
         memory = region.buffer
         assert memory[0] == {before[0]}
         memory[0] ^= 0xFF
         print("not reached")
-    """)
-    assert run.returncode == -signal.SIGSEGV and run.stdout == "", (run.returncode, run.stderr)
+    """
+    assert run_program(code, status=-signal.SIGSEGV).stdout == ""
     assert path.read_bytes() == before
 
 
@@ -419,14 +417,15 @@ def test_detach_leaves_nothing_in_the_service(path: Path) -> None:
 
 
 def test_service_ends_with_its_owner(path: Path) -> None:
-    run = in_child(f"""
-        import os
+    # Not by run_in_child, which would end the service itself.
+    code = f"""
         region = uv.map({str(path)!r}, mode="r", service="python")
         from uffd_vm.service.python import python_service
         print(python_service().pid, flush=True)
         os._exit(0)
-    """)
-    pid = int(run.stdout)
+    """
+    owner = (sys.executable, "-c", program(code))
+    pid = int(subprocess.check_output(owner, cwd=ROOT, timeout=100))
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}/status").exists() and time.monotonic() < deadline:
         if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
@@ -470,15 +469,3 @@ def test_message_that_is_cut_off_is_an_error_and_closes_what_came() -> None:
         with pytest.raises(OSError, match="cut off"):
             protocol.receive(b)
         assert len(os.listdir("/proc/self/fd")) == nr_fds
-
-
-def in_child(code: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return subprocess.run(
-        [sys.executable, "-c", "import uffd_vm as uv\n" + textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )

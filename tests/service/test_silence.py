@@ -4,59 +4,26 @@ hang with the GIL held."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
+import functools
 from pathlib import Path
 
 import pytest
 
+from tests.support import run_program
 from uffd_vm.kernel.features import Feature
 from uffd_vm.page import PAGE_SIZE
 
 pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
 
 PRELUDE = """
-import errno, faulthandler, os, signal, subprocess, sys, tempfile, threading, time
-faulthandler.dump_traceback_later(50, exit=True)
-import numpy as np
-import uffd_vm as uv
 from tests.service import service_hooks as hooks
 from uffd_vm.service.python import python_service, running_service
-
-PAGE = 4096
-data = os.urandom(PAGE // 2).replace(b"\\xff", b"x") * 2 * 64
-file = tempfile.NamedTemporaryFile()
-file.write(data)
-file.flush()
-
-def raises(cls, fn, *args):
-    try:
-        value = fn(*args)
-    except cls as error:
-        return error
-    raise SystemExit(f"no {cls.__name__}: {value!r:.200}")
-
-class within:
-    '''The block takes at least `least` and at most `most` seconds.'''
-    def __init__(self, most, least=0.0):
-        self.least, self.most = least, most
-    def __enter__(self):
-        self.began = time.monotonic()
-    def __exit__(self, kind, *rest):
-        took = time.monotonic() - self.began
-        assert kind or self.least <= took <= self.most, f"{took:.2f} s"
 
 def stop():
     pid = python_service().pid
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
     return pid
-
-def outside(script):
-    '''Done by a process of its own: whoever waits here may hold the GIL.'''
-    return subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL)
 
 def is_dead(pid):
     try:
@@ -65,18 +32,7 @@ def is_dead(pid):
         return True
 """
 
-
-def run(code: str, *, returncode: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=dict(os.environ),
-        check=False,
-    )
-    assert done.returncode == returncode, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+run = functools.partial(run_program, prelude=PRELUDE)
 
 
 def test_toucher_is_told_after_the_deadline_and_load_starts_another() -> None:
@@ -229,10 +185,8 @@ def test_ctrl_c_is_served_within_a_second() -> None:
         b = region.buffer
         assert b[0] == data[0]
         stop()
-        child = outside(f"sleep 1; kill -INT {os.getpid()}")
-        with within(2, least=0.9):
+        with ctrl_c(1, most=2):
             raises(KeyboardInterrupt, lambda: bytes(b[30 * PAGE : 31 * PAGE]))
-        child.wait()
         region.load()
         assert bytes(b) == data
         b.release()
@@ -249,8 +203,7 @@ def test_ctrl_c_is_served_within_a_second_in_a_system_call() -> None:
         assert b[0] == data[0]
         reader, writer = os.pipe()
         stop()
-        child = outside(f"sleep 1; kill -INT {os.getpid()}")
-        with within(2, least=0.9):
+        with ctrl_c(1, most=2):
             try:
                 try:
                     os.write(writer, b[30 * PAGE : 31 * PAGE])
@@ -261,7 +214,6 @@ def test_ctrl_c_is_served_within_a_second_in_a_system_call() -> None:
                 raise SystemExit("not interrupted")
             except KeyboardInterrupt:
                 pass
-        child.wait()
         region.load()
         assert bytes(b) == data
         b.release()
@@ -275,10 +227,8 @@ def test_ctrl_c_is_served_within_a_second_in_load() -> None:
         """
         region = uv.map(file.name, service="python", deadline=30)
         stop()
-        child = outside(f"sleep 1; kill -INT {os.getpid()}")
-        with within(2, least=0.9):
+        with ctrl_c(1, most=2):
             raises(KeyboardInterrupt, region.load)
-        child.wait()
         os.kill(python_service().pid, signal.SIGCONT)
         region.load()
         region.close()
@@ -293,10 +243,8 @@ def test_interrupts_are_pythons_own_again_afterwards() -> None:
         stop()
         raises(uv.PagerDied, lambda: bytes(region.buffer[:PAGE]))
         time.sleep(1)
-        child = outside(f"sleep 0.3; kill -INT {os.getpid()}")
-        with within(1):
+        with ctrl_c(0.3, most=1):
             raises(KeyboardInterrupt, time.sleep, 5)
-        child.wait()
         region.close()
         """
     )
@@ -386,7 +334,6 @@ def test_write_back_that_was_killed_half_way_is_done_again() -> None:
     """Between the write and the note of its mtime: the file is ours all the same, nothing is lost."""
     run(
         """
-        from uffd_vm.kernel._lib import lib
         region = uv.map(file.name, "r+", service="python", deadline=5)
         region.buffer[0] = data[0] ^ 1
         python_service().kill()
@@ -429,7 +376,6 @@ def test_folios_that_a_dead_process_left_half_done_are_what_is_there() -> None:
     run(
         """
         from uffd_vm.fault.pte import FolioState
-        from uffd_vm.kernel._lib import lib
         with uv.map(file.name, service="python", deadline=5) as region:
             region.load((0, 8 * PAGE))
             python_service().kill()
@@ -449,7 +395,7 @@ def test_stopped_and_killed_at_random_no_store_is_lost_and_no_byte_is_wrong() ->
     """Four threads read, store, evict and load, each its own pages; a store that raised was not made."""
     run(
         """
-        import ctypes, random
+        import random
         N = 256
         content = bytearray(os.urandom(N * PAGE // 2).replace(b"\\xff", b"x") * 2)
         file.seek(0); file.write(content); file.flush()
