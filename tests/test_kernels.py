@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import missing_requirement
 from tests.support import run_in_child
 from uffd_vm.cli.doctor import FALLBACK, REFUSED, WORKS
 from uffd_vm.kernel import features
 from uffd_vm.kernel.features import ALL_FEATURES, KERNELS, LIBRARY_FEATURES, Feature
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.strategies import pattern
+
+pytestmark = pytest.mark.requires(ALL_FEATURES, "PAGEMAP_SCAN")
 
 COLUMNS = [f"{major}.{minor}" for major, minor in KERNELS]
 SERVICES = ("auto", "native", "python", "inline", "kernel")
@@ -41,12 +42,6 @@ KINDS: dict[str, tuple[str | None, bool]] = {
 NR_PAGES = 40
 DATA = pattern(NR_PAGES * PAGE_SIZE - 100, 9)
 WRITTEN = (0, 7, 8, NR_PAGES - 1)
-
-
-@pytest.fixture(autouse=True)
-def _everything() -> None:
-    if reason := missing_requirement(ALL_FEATURES, "PAGEMAP_SCAN"):
-        pytest.skip(reason)
 
 
 def masked(column: str) -> str:

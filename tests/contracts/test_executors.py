@@ -30,6 +30,8 @@ from tests.support import run_in_child, wait_until
 from uffd_vm.kernel import features
 from uffd_vm.page import PAGE_SIZE
 
+pytestmark = pytest.mark.requires()
+
 NR_PAGES = 96
 FILE_BYTES = NR_PAGES * PAGE_SIZE - 1000  # a partial last page
 NOBODY = 65534
@@ -502,12 +504,6 @@ def _all_streams() -> list[Any]:
         for stream in streams_of(kind)
         for around in (1, 16)
     ]
-
-
-@pytest.fixture(autouse=True)
-def _usable() -> None:
-    if not features.probe().way:
-        pytest.skip("userfaultfd is not available; uffd-vm doctor says why")
 
 
 def compare(service: str, stream: str, seen: Seen, native: Seen) -> None:

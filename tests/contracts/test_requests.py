@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
 from tests.support import wait_until
 from uffd_vm.fault.pte import PteState
 from uffd_vm.kernel.features import Feature
@@ -17,17 +16,13 @@ from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.invariants import check_all
 from uffd_vm.testing.strategies import pattern
 
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
+
 NR_PAGES = 64
 DATA = pattern(NR_PAGES * PAGE_SIZE, 6)
 OURS = ("native", "python", "inline")
 SERVICES = (*OURS, "kernel")
 MODES = ("r", "c", "r+")
-
-
-@pytest.fixture(autouse=True)
-def _userfaultfd() -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
 
 
 @pytest.fixture

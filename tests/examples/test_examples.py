@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import missing_requirement
 from uffd_vm.kernel.features import Feature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +43,9 @@ SAYS = {
 _RECORD = re.compile(r"#\d+ page .* \[(?P<result>\S+)\] .*: (?P<steps>handle_mm_fault.*)$")
 
 
+@pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_walks_as_the_kernel_does(name: str) -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     run = subprocess.run(
         [sys.executable, "-X", "faulthandler", ROOT / "examples" / f"{name}.py"],

@@ -28,13 +28,14 @@ from typing import Any
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
 from tests.support import ChildTimeout, run_in_child, wait_until
 from uffd_vm.kernel._lib import ffi, lib
 from uffd_vm.kernel.features import Feature
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.inject import OPS, inject
 from uffd_vm.testing.strategies import pattern
+
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
 
 NR_PAGES = 24
 DATA = pattern(NR_PAGES * PAGE_SIZE - 700)
@@ -93,12 +94,6 @@ ENDS_BY_ITSELF = {
 def test_every_call_has_plausible_failures() -> None:
     """MOVE comes with swap. WAKE checks its range and nothing else: it has nothing plausible to say."""
     assert set(PLAUSIBLE) | {"MOVE", "WAKE"} == set(OPS)
-
-
-@pytest.fixture(autouse=True)
-def _userfaultfd() -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
 
 
 # --- one run ----------------------------------------------------------------------------------------

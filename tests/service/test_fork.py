@@ -30,7 +30,6 @@ from typing import Any
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
 from tests.support import Touch, fork_and_ask, in_thread, run_in_child, wait_until
 from uffd_vm.fault.pte import FolioState
 from uffd_vm.kernel._lib import ffi, lib
@@ -40,16 +39,12 @@ from uffd_vm.testing.inject import inject
 from uffd_vm.testing.invariants import check_all
 from uffd_vm.testing.strategies import pattern
 
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
+
 NR_PAGES = 64
 DATA = pattern(NR_PAGES * PAGE_SIZE)
 KINDS = ("anonymous", "anonymous tracked", "r", "c", "c tracked", "r+")
 SOME = ("anonymous tracked", "c", "r+")  # one of each mapping
-
-
-@pytest.fixture(autouse=True)
-def _userfaultfd() -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
 from tests.support import Touch, in_thread, run_in_child, wait_until
 from uffd_vm.fault.action import Action
 from uffd_vm.fault.fault import FaultFlag
@@ -30,13 +29,9 @@ from uffd_vm.testing.inject import inject
 from uffd_vm.testing.invariants import check_all
 from uffd_vm.testing.strategies import pattern
 
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
+
 MODES = ("r", "c", "r+")
-
-
-@pytest.fixture(autouse=True)
-def _userfaultfd() -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
 
 
 @pytest.fixture

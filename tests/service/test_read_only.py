@@ -11,19 +11,14 @@ from pathlib import Path
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
 from tests.support import run_in_child
 from uffd_vm.kernel.features import Feature
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.strategies import pattern
 
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
+
 DATA = pattern(8 * PAGE_SIZE)
-
-
-@pytest.fixture(autouse=True)
-def _userfaultfd() -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
 
 
 def in_child_store(path: str, service: str, present: bool) -> str:

@@ -35,7 +35,6 @@ from typing import Any
 import pytest
 
 import uffd_vm as uv
-from tests.conftest import missing_requirement
 from tests.support import run_in_child, wait_until
 from uffd_vm.fault.pte import FolioState
 from uffd_vm.kernel._lib import lib
@@ -43,6 +42,8 @@ from uffd_vm.kernel.features import Feature
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.invariants import INVARIANTS, charged_iff_resident
 from uffd_vm.testing.strategies import pattern
+
+pytestmark = pytest.mark.requires(Feature.MISSING_SHMEM, Feature.POISON)
 
 NR_PAGES = 256
 NR_TOUCHERS = 3
@@ -265,8 +266,6 @@ def in_child_stress(
 
 
 def stress(kind: str, service: str, cap_pages: int, seconds: float, *, forks: bool) -> None:
-    if reason := missing_requirement(Feature.MISSING_SHMEM, Feature.POISON):
-        pytest.skip(reason)
     seed = int(os.environ.get("UFFD_VM_STRESS_SEED", "0")) or random.randrange(1, 1 << 20)
     print(f"UFFD_VM_STRESS_SEED={seed}")
     limit = seconds * 2 + 30
