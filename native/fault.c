@@ -178,11 +178,9 @@ static uint32_t settle_failed(struct vm_fault *v, const struct uvm_commit_end *e
 		return fail_page(v, end->err ? end->err : ENOMEM, end->result);
 	case UVM_SETTLEMENT_DENY:
 		return deny(v, end->err, end->result);
-	case UVM_SETTLEMENT_DETACH:
-		return UVM_VM_FAULT_NOPAGE;
 	case UVM_SETTLEMENT_RETRY:
 		return try_again(v);
-	default: /* VERIFY, DROP, ORDER0 of a single page: run the instruction again */
+	default: /* VERIFY, DROP, ORDER0 of a single page; DETACH, since its thread is there: run it again */
 		return wake(v);
 	}
 }

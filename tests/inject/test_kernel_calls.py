@@ -307,6 +307,8 @@ def _cases() -> list[Any]:
                     )
                     if op not in HOT:
                         quick = quick and not persistent
+                    if (op, code, kind) == ("COPY", errno.ESRCH, "c"):
+                        quick = True  # the one answer after which nobody should be waiting
                     how = "for good" if persistent else "once"
                     cases.append(
                         pytest.param(
