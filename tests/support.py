@@ -15,6 +15,7 @@ import importlib.util
 import mmap
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -395,6 +396,66 @@ def huge_page_pool(nr_pages: int) -> Iterator[bool]:
     finally:
         with contextlib.suppress(OSError):
             _POOL.write_text(before)
+
+
+# --- memory cgroups and swap
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit: int) -> Iterator[Path | None]:
+    """An empty group below or beside our own with so many bytes; None if it cannot be had. Needs root."""
+    group = None
+    for parent, file in _memory_groups():
+        made = parent / f"uffd_vm-{os.getpid()}"
+        try:
+            made.mkdir()
+        except OSError:
+            continue
+        try:
+            (made / file).write_text(str(limit))
+        except OSError:  # v2: the parent does not hand the controller down
+            made.rmdir()
+            continue
+        group = made
+        break
+    try:
+        yield group
+    finally:
+        if group:
+            wait_until(lambda: _rmdir(group), f"{group} is empty")
+
+
+def _memory_groups() -> Iterator[tuple[Path, str]]:
+    """Where a group may be made, and its file with the limit."""
+    root = Path("/sys/fs/cgroup")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            base, file = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, file = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = base / name.lstrip("/")
+        yield own, file
+        if own != base:
+            yield own.parent, file
+
+
+def _rmdir(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:  # who was killed is not gone yet
+            raise
+        return False
+    return True
+
+
+def nr_oom_kills(group: Path) -> int:
+    events = group / "memory.events"  # v2
+    text = (events if events.exists() else group / "memory.oom_control").read_text()
+    return int(re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
 if __name__ == "__main__":
