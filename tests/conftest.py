@@ -159,6 +159,15 @@ def memory(
 
 
 @pytest.fixture
+def swap(tmp_path: Path) -> Iterator[None]:
+    """Memory can be swapped out: `support.page_out()`. For tests marked root."""
+    with support.swap_space(tmp_path) as why_not:
+        if why_not:
+            pytest.skip(f"{why_not}; use pytest --basetemp on ext4 or xfs")
+        yield
+
+
+@pytest.fixture
 def run_in_child() -> Callable[..., support.ChildResult]:
     return support.run_in_child
 
