@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import uffd_vm as uv
-from tests.support import run_in_child, wait_until
+from tests.support import HUGE_PAGE_SIZE, MADV_COLLAPSE, call, run_in_child, wait_until
 from uffd_vm.kernel._lib import lib
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.invariants import check_all
@@ -50,6 +50,25 @@ def test_what_lies_behind_the_end_of_the_file_is_zero_and_out_of_reach(make_file
         with pytest.raises(IndexError):
             a[PAGE_SIZE + 1]
         del a
+
+
+@pytest.mark.parametrize("service", ["native", "inline", "python"])
+@pytest.mark.parametrize("mode", ["anonymous", "r", "c", "r+"])
+def test_the_kernel_makes_no_huge_pages_of_a_region(make_file, mode, service):
+    """It would fill what is missing with zeros, and nobody would be told of the rest."""
+    nbytes = 3 * HUGE_PAGE_SIZE
+    if mode == "anonymous":
+        region, want = uv.anonymous(nbytes, service=service), bytes(nbytes)
+    else:
+        path = make_file(nbytes)
+        region, want = uv.map(path, mode, service=service), path.read_bytes()
+    with region:
+        region.load((0, HUGE_PAGE_SIZE))
+        first = -(-region.address // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
+        for address in (first, first + HUGE_PAGE_SIZE):
+            assert call("madvise", address, HUGE_PAGE_SIZE, MADV_COLLAPSE) == -errno.EINVAL
+        assert bytes(region.buffer) == want
+        check_all(region)
 
 
 def in_child_no_descriptors(service: str) -> tuple[int, int]:
@@ -320,9 +339,9 @@ def test_use_after_close_is_a_typed_error(make_file):
         residency.pages,
         region.__enter__,
     ]
-    for call in calls:
+    for use in calls:
         with pytest.raises(uv.RegionClosedError, match="closed"):
-            call()
+            use()
         with pytest.raises(ValueError):  # as mmap
             call()
     assert "closed" in repr(region) and "closed" in region._repr_html_()
