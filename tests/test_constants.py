@@ -160,3 +160,9 @@ def test_the_extension_holds_the_tables_of_the_policy():
         built = lib.uvm_table(which, nr_bytes)
         assert bytes(ffi.buffer(built, nr_bytes[0])) == getattr(tables, name), name
     assert lib.uvm_table(len(order), nr_bytes) == ffi.NULL
+
+
+def test_an_out_field_that_was_never_written_looks_the_same_to_policy_and_c():
+    from uffd_vm.fault.settle import DONE_UNTOUCHED
+
+    assert DONE_UNTOUCHED == lib.UVM_DONE_UNTOUCHED
