@@ -343,7 +343,7 @@ def test_use_after_close_is_a_typed_error(make_file):
         with pytest.raises(uv.RegionClosedError, match="closed"):
             use()
         with pytest.raises(ValueError):  # as mmap
-            call()
+            use()
     assert "closed" in repr(region) and "closed" in region._repr_html_()
     # The slot is used again, and the old handle is not the new region.
     with uv.map(make_file(), service="native") as again:
