@@ -256,6 +256,16 @@ def test_finish_fault_rechecks_before_it_commits() -> None:
             assert steps[:3] == (Step.PTE_LOCK, Step.RECHECK, Step.COMMIT)
 
 
+def test_finish_fault_is_one_critical_section_and_wakes_behind_it() -> None:
+    for row in ROWS:
+        locked = list(finish_fault(row))
+        if row.commit is not Commit.NONE:
+            assert locked.pop() is Step.WAKE
+        if locked:
+            assert (locked[0], locked[-1]) == (Step.PTE_LOCK, Step.PTE_UNLOCK)
+            assert len(set(locked)) == len(locked) and Step.WAKE not in locked
+
+
 # ---- mm_account_fault() --------------------------------------------------------------------------------
 
 
