@@ -214,7 +214,7 @@ struct uvm_region {
 		ra_end;            /* of what it brought and what was asked for ahead of it */
 	_Atomic uint32_t ra_block; /* pages at a time */
 
-	struct uvm_failure sticky; /* region != 0: nobody could be told; under the lock of failures */
+	struct uvm_failure sticky; /* region != 0: nobody could be told; under failures.mutex */
 };
 
 static inline int64_t uvm_region_handle(const struct uvm_region *r)
