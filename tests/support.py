@@ -409,7 +409,10 @@ def huge_page_pool(nr_pages: int) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def memory_cgroup(limit: int) -> Iterator[Path | None]:
-    """An empty group below or beside our own with so many bytes; None if it cannot be had. Needs root."""
+    """An empty group below or beside our own with so many bytes and no swap; None if it cannot be had.
+
+    Needs root.
+    """
     group = None
     for parent, file in _memory_groups():
         made = parent / f"uffd_vm-{os.getpid()}"
@@ -417,13 +420,14 @@ def memory_cgroup(limit: int) -> Iterator[Path | None]:
             made.mkdir()
         except OSError:
             continue
-        try:
+        if (made / file).exists():
             (made / file).write_text(str(limit))
-        except OSError:  # v2: the parent does not hand the controller down
-            made.rmdir()
-            continue
-        group = made
-        break
+            for swap in ("memory.swap.max", "memory.swappiness"):  # of v2, of v1
+                if (made / swap).exists():
+                    (made / swap).write_text("0")
+            group = made
+            break
+        made.rmdir()  # v2, and the parent does not hand the controller down
     try:
         yield group
     finally:
