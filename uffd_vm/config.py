@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -31,14 +32,18 @@ def parse_size(value: int | str, *, what: str = "size") -> int:
 
     Raises InvalidArgument (a ValueError) for anything else, and for a negative number.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise InvalidArgument(
-            f"{what}: {value!r} is neither a number of bytes nor a text like '2GiB'"
-        )
-    if isinstance(value, int):
-        if value < 0:
-            raise InvalidArgument(f"{what}: {value} bytes is negative")
-        return value
+    if not isinstance(value, str):
+        try:
+            nbytes = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            nbytes = None
+        if nbytes is None:
+            raise InvalidArgument(
+                f"{what}: {value!r} is neither a number of bytes nor a text like '2GiB'"
+            )
+        if nbytes < 0:
+            raise InvalidArgument(f"{what}: {nbytes} bytes is negative")
+        return nbytes
     if match := _PERCENT.fullmatch(value):
         if float(match[1]) > 100:
             raise InvalidArgument(f"{what}: {value!r} is more than all the memory there is")
@@ -105,7 +110,7 @@ def _from_text(field: str, text: str) -> Any:
             return float(text)
         except ValueError:
             raise InvalidArgument(f"UFFD_VM_DEADLINE: {text!r} is no number of seconds") from None
-    if field.endswith("_bytes"):
+    if field.endswith("_bytes") or field == "cap":
         return parse_size(text, what=f"UFFD_VM_{field.upper()}")
     return text
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import uffd_vm as uv
@@ -93,8 +96,22 @@ def test_bad_arguments_of_anonymous_memory_are_refused(kwargs, match):
 
 def test_more_than_the_address_space_is_a_memory_error():
     for nbytes in (1 << 60, 1 << 70):
-        with pytest.raises(MemoryError):
+        with pytest.raises(MemoryError, match="nbytes: no address space") as caught:
             uv.anonymous(nbytes)
+        assert isinstance(caught.value, uv.UffdVmError)
+
+
+def test_integers_of_numpy_are_integers(make_file):
+    n = np.int64(PAGE_SIZE)
+    with uv.map(make_file(), offset=n, length=n) as region:
+        assert region.nbytes == PAGE_SIZE
+    with uv.anonymous(n, fault_around_bytes=n) as region:
+        assert region.nbytes == PAGE_SIZE
+    for bad in (np.float64(PAGE_SIZE), np.bool_(True)):
+        with pytest.raises(uv.InvalidArgument, match="no int"):
+            uv.map(make_file(), length=bad)
+        with pytest.raises(uv.InvalidArgument, match="neither a number"):
+            uv.anonymous(bad)
 
 
 def test_anonymous_memory_of_the_kernel_is_refused():
@@ -152,8 +169,15 @@ class TestFiles:
             uv.map(tmp_path / "empty", mode, service=service)
 
     def test_a_directory_is_refused(self, tmp_path, mode, service):
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(IsADirectoryError, match="map a file in it"):
             uv.map(tmp_path, mode, service=service)
+
+    def test_a_socket_is_refused(self, tmp_path, monkeypatch, mode, service):
+        monkeypatch.chdir(tmp_path)  # the path of a socket is short
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind("socket")
+            with pytest.raises(uv.InvalidArgument, match="no regular file"):
+                uv.map("socket", mode, service=service)
 
     def test_a_fifo_is_refused_and_never_waited_for(self, tmp_path, mode, service):
         os.mkfifo(tmp_path / "fifo")
@@ -261,6 +285,12 @@ def test_a_hook_needs_a_process_of_its_own(make_file):
         uv.map(make_file(), "r+", service="native", page_mkwrite=hook)
     with pytest.raises(uv.InvalidArgument, match=r"mode 'r\+'"):
         uv.map(make_file(), "c", service="python", page_mkwrite=hook)
+
+
+def test_a_hook_that_cannot_be_pickled_is_refused(make_file, uffd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)  # which pickles more
+    with pytest.raises(uv.InvalidArgument, match=r"page_mkwrite: .* cannot be pickled"):
+        uv.map(make_file(), "r+", service="python", page_mkwrite=lambda offset, nr_bytes: "ok")
 
 
 def test_tracking_must_be_asked_for(make_file, uffd):

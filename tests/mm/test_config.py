@@ -68,7 +68,7 @@ def test_unknown_options_are_refused():
             pass
 
 
-@pytest.mark.parametrize("name", ["DEADLINE", "READAHEAD_BYTES", "FAULT_AROUND_BYTES"])
+@pytest.mark.parametrize("name", ["DEADLINE", "READAHEAD_BYTES", "FAULT_AROUND_BYTES", "CAP"])
 def test_an_environment_that_cannot_be_read_is_named(name):
     with pytest.raises(uv.InvalidArgument, match=f"UFFD_VM_{name}"):
         Config({f"UFFD_VM_{name}": "plenty"}).options()

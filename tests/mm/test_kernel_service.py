@@ -165,7 +165,8 @@ def test_life(make_file):
         assert bytes(twin.buffer) == path.read_bytes() and twin.service == "kernel"
     region.close()
     region.close()
-    for call in (region.array, region.load, region.residency, region.stats, region.flush):
+    calls = (region.array, region.load, region.residency, region.stats, region.flush, region.trace)
+    for call in calls:
         with pytest.raises(uv.RegionClosedError):
             call()
 

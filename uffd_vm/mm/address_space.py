@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uffd_vm.config import config, parse_size
-from uffd_vm.errors import InvalidArgument, SourceChanged, UffdError
+from uffd_vm.errors import BudgetExceeded, InvalidArgument, SourceChanged, UffdError
 from uffd_vm.fault.fault import Backing, FaultFlag
 from uffd_vm.kernel import features
 from uffd_vm.kernel._lib import check, ffi, lib
@@ -42,7 +42,7 @@ from uffd_vm.mm.arguments import (
     check_mode,
     checked,
     choose_service,
-    length_of,
+    part_of,
     path_of,
     refuse_unexecutable,
 )
@@ -218,12 +218,13 @@ class AddressSpace:
                 _version.mtime_ns,
             ):
                 raise SourceChanged(f"{path!r} is not the version that was pickled; map it afresh")
+            offset, nbytes = part_of(path, version.size, offset, length)
             file = _File(
                 fd=fd,
                 path=path,
                 version=version,
                 offset=offset,
-                nbytes=length_of(path, version.size, offset, length),
+                nbytes=nbytes,
                 name=name or os.path.basename(path),
             )
             wishes = {
@@ -266,7 +267,7 @@ class AddressSpace:
                 service_reason=reason,
                 tracked=track,
             )
-            if FileVersion.of(fd).size < offset + file.nbytes:
+            if FileVersion.of(fd).size < offset + nbytes:
                 region.discard()
                 raise SourceChanged(
                     f"{path!r} shrank while it was mapped: it had {version.size} bytes when it was opened"
@@ -360,7 +361,8 @@ class AddressSpace:
         """Zero-filled memory whose faults are served and seen by us. The arguments are those of `map()`.
 
         `nbytes` need not be a multiple of the page size. Service "kernel" is refused: plain memory is
-        what np.zeros() gives. Raises InvalidArgument, FeatureUnavailable, PermissionUnavailable.
+        what np.zeros() gives. Raises InvalidArgument, FeatureUnavailable, PermissionUnavailable, and
+        BudgetExceeded (a MemoryError) where no such range of addresses is free.
         """
         size = parse_size(nbytes, what="nbytes")
         if size == 0:
@@ -391,7 +393,9 @@ class AddressSpace:
             try:
                 mapping = Mapping.anonymous(size)
             except (OSError, OverflowError) as error:
-                raise MemoryError(f"no address space for {size} bytes: {error}") from None
+                raise BudgetExceeded(
+                    f"nbytes: no address space for {size} bytes ({error}); ask for less, or see `ulimit -v`"
+                ) from None
             undo.callback(mapping.close)
             ops = self._register(
                 mapping,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from uffd_vm.errors import FeatureUnavailable, InvalidArgument
 from uffd_vm.fault.fault import Backing, FaultFlag, FaultKind
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.table import reachable_states, unexecutable
-from uffd_vm.page import PAGE_SIZE, is_page_aligned
+from uffd_vm.page import PAGE_SIZE, is_page_aligned, round_down
 
 __all__ = [
     "Mode",
@@ -33,7 +34,7 @@ __all__ = [
     "check_mode",
     "checked",
     "choose_service",
-    "length_of",
+    "part_of",
     "path_of",
     "refuse_unexecutable",
 ]
@@ -165,17 +166,25 @@ def path_of(path: object) -> str:
     return name
 
 
-def length_of(path: str, size: int, offset: int, length: int | None) -> int:
-    """Bytes to map of a file of `size` bytes. Raises InvalidArgument."""
-    for what, value in (("offset", offset), ("length", length)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InvalidArgument(f"{what}: {value!r} is no int")
+def _int(value: object, what: str) -> int:
+    """Also NumPy's integers, which `.nbytes` and sums of shapes may be; not True and False."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise InvalidArgument(f"{what}: {value!r} is no int")
+
+
+def part_of(path: str, size: int, offset: object, length: object) -> tuple[int, int]:
+    """(offset, number of bytes) to map of a file of `size` bytes. Raises InvalidArgument."""
+    offset = _int(offset, "offset")
     if offset < 0:
         raise InvalidArgument(f"offset: {offset} is negative")
     if not is_page_aligned(offset):
         raise InvalidArgument(
             f"offset: {offset} is no multiple of the page size {PAGE_SIZE}; map from "
-            f"{offset // PAGE_SIZE * PAGE_SIZE} and use array(offset=...)"
+            f"{round_down(offset)} and use array(offset=...)"
         )
     if size == 0:
         raise InvalidArgument(
@@ -184,7 +193,8 @@ def length_of(path: str, size: int, offset: int, length: int | None) -> int:
     if offset >= size:
         raise InvalidArgument(f"offset: {offset} is at or past the end of {path!r} ({size} bytes)")
     if length is None:
-        return size - offset
+        return offset, size - offset
+    length = _int(length, "length")
     if length <= 0:
         raise InvalidArgument(f"length: {length} is not above 0")
     if offset + length > size:
@@ -192,7 +202,7 @@ def length_of(path: str, size: int, offset: int, length: int | None) -> int:
             f"length: {length} bytes from {offset} end past {path!r}, which has {size}; a region never "
             "extends a file (os.truncate() it first)"
         )
-    return length
+    return offset, length
 
 
 def filesystem_of(device: int) -> str | None:

@@ -12,6 +12,7 @@ has inherited the region keeps the file locked until it closes the region or exi
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -58,18 +59,25 @@ def open_file(path: str, *, writable: bool) -> Iterator[int]:
             why = "no permission to write, which mode 'r+' needs; use mode 'r' or 'c'"
             raise PermissionError(error.errno, why, path) from None
         raise
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO):  # a directory to write to; a socket
+            _check_regular(path, os.stat(path).st_mode)
+        raise
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "is a directory; map a file in it", path)
-        if not stat.S_ISREG(mode):
-            raise InvalidArgument(
-                f"{path!r} is no regular file ({stat.filemode(mode)}): a FIFO, socket or device has no pages "
-                "to fetch again; copy it to a file first"
-            )
+        _check_regular(path, os.fstat(fd).st_mode)
         yield fd
     finally:
         os.close(fd)
+
+
+def _check_regular(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a directory; map a file in it", path) from None
+    if not stat.S_ISREG(mode):
+        raise InvalidArgument(
+            f"{path!r} is no regular file ({stat.filemode(mode)}): a FIFO, socket or device has no pages "
+            "to fetch again; copy it to a file first"
+        ) from None
 
 
 THIS_PROCESS = "this process"

@@ -648,6 +648,7 @@ class KernelOps(_Memory):
             self._check_home()
 
     def protect(self, index: int, nr_pages: int) -> int:
+        self.check_open()
         raise FeatureUnavailable(
             f"region {self.name!r} is served by the kernel, which tells us of no write; map it with "
             "track=True"
@@ -685,6 +686,7 @@ class KernelOps(_Memory):
         return Stats({})
 
     def trace(self) -> list[TraceRecord]:
+        self.check_open()
         raise FeatureUnavailable(
             f"region {self.name!r} is served by the kernel, so its faults are not seen by us; map it with "
             "trace=True"

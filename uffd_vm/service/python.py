@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uffd_vm.errors import PagerDied
+from uffd_vm.errors import InvalidArgument, PagerDied
 from uffd_vm.kernel._lib import lib
 from uffd_vm.service.fault_service import protocol
 
@@ -315,12 +315,16 @@ def _hook_memfd(hook: PageMkwrite | None) -> Iterator[int | None]:
 
 
 def _pickle(hook: PageMkwrite) -> bytes:
+    dumps: Callable[[object], bytes] = pickle.dumps
+    with contextlib.suppress(ImportError):
+        from cloudpickle import dumps  # type: ignore[import-untyped,unused-ignore,no-redef]
     try:
-        import cloudpickle  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        return pickle.dumps(hook)
-    pickled: bytes = cloudpickle.dumps(hook)
-    return pickled
+        return dumps(hook)
+    except Exception as error:  # whatever __reduce__ raises
+        raise InvalidArgument(
+            f"page_mkwrite: {hook!r} cannot be pickled, and it has to run in another process ({error}); "
+            "define it at the top of a module, or install cloudpickle"
+        ) from error
 
 
 def _check(rc: int) -> int:
