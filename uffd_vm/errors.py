@@ -85,8 +85,10 @@ class FailureDetails:
     """What is known of a fault that failed."""
 
     message: str
-    errno: int = _errno.EIO
-    region: object | None = None
+    errno: int = 0
+    """0: that of the exception's class."""
+    region: str | None = None
+    """Its name."""
     index: int | None = None
     """Page of the region."""
 
@@ -102,8 +104,8 @@ failure_details: Callable[[], FailureDetails | None] = _no_details
 class SourceError(UffdVmError, OSError):
     """A page's content could not be had. The page stays missing: the next touch tries again.
 
-    A Source raises `SourceError("what happened", errno=errno.EIO)`. `region` and `index` (the page) are
-    set when a touch of lazy memory failed.
+    A Source raises `SourceError("what happened", errno=errno.EIO)`. `region` (its name) and `index`
+    (the page) are set where the content of one page failed.
     """
 
     default_errno = _errno.EIO
@@ -112,7 +114,7 @@ class SourceError(UffdVmError, OSError):
     def __init__(self, *args: object, errno: int | None = None) -> None:
         # (), (message) or, as a pickled OSError comes back, (errno, message).
         details = failure_details() if not args else None
-        code = errno or (details.errno if details and details.errno else self.default_errno)
+        code = errno or (details.errno if details else 0) or self.default_errno
         message = details.message if details else self.default_message
         if len(args) == 1:
             message = str(args[0])

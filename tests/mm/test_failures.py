@@ -59,7 +59,7 @@ def test_load_raises_an_ordinary_exception(make_file, mode):
     path = make_file(8 * PAGE_SIZE)
     with uv.map(path, mode, service="native") as region:
         with inject("PREAD", errno.EIO, count=1000):
-            with pytest.raises(uv.SourceError, match=r"data\.bin.*page 2 ") as raised:
+            with pytest.raises(uv.SourceError, match=r"data\.bin.*page 2\)") as raised:
                 region.load((2 * PAGE_SIZE, 3 * PAGE_SIZE))
         assert raised.value.index == 2 and raised.value.errno == errno.EIO
         region.load()

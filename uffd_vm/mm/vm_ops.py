@@ -22,18 +22,15 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
 from uffd_vm.errors import (
     BudgetExceeded,
     FeatureUnavailable,
-    PagerDied,
     RegionClosedError,
     SourceChanged,
-    SourceError,
-    SourceTimeout,
     StaleRegionError,
     UffdVmError,
 )
 from uffd_vm.fault.pte import MAPPED, PteState
 from uffd_vm.kernel._lib import CData, check, ffi, lib
 from uffd_vm.kernel.mapping import PageCategory
-from uffd_vm.mm import pagemap
+from uffd_vm.mm import failure, pagemap
 from uffd_vm.mm.page_cache import FileVersion, PageCache
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.stats import Latency, Stats, TraceRecord, decode_counters, decode_trace
@@ -56,7 +53,6 @@ _ENSURE_TRIES = 8
 _KEEP_CHANGES = (
     "what was not written is still in memory: copy it out of the region, then discard() it"
 )
-_PAGER_DIED = "the process that serves this memory died; call region.load(), which starts another"
 
 
 #: Makes what keeps the memory mapped while a `with` on it lasts.
@@ -281,49 +277,27 @@ class UserfaultOps(_Memory):
         self._check_registered()
         if self._handlers is not None:
             self._handlers.check()
-        failure = ffi.new("struct uvm_failure *")
-        if self._check(lib.uvm_region_failed(self.handle, failure, 1), "check"):
-            self._raise_failure(failure)
+        self._check_failed(clear=True)
 
     def _check_sticky(self) -> None:
         """Raises a failure that nobody could be told of, and leaves it for check() to clear."""
         self.check_open()
-        failure = ffi.new("struct uvm_failure *")
-        if self._check(lib.uvm_region_failed(self.handle, failure, 0), "check"):
-            self._raise_failure(failure)
+        self._check_failed(clear=False)
 
-    def _raise_failure(self, failure: CData) -> NoReturn:
-        cls, what = _FAILURES.get(int(failure.kind), (UffdVmError, "the fault failed"))
-        self._raise(
-            cls,
-            f"a touch in a thread that could not be told failed: {what}",
-            failure.err,
-            failure.index,
-        )
+    def _check_failed(self, *, clear: bool) -> None:
+        found = ffi.new("struct uvm_failure *")
+        if self._check(lib.uvm_region_failed(self.handle, found, clear), "check"):
+            who = "a touch in a thread that could not be told failed: "
+            self._raise(int(found.index), int(found.kind), int(found.err), who=who)
 
-    def _raise(self, cls: type[UffdVmError], what: str, code: int, index: int) -> NoReturn:
-        offset = index * PAGE_SIZE
-        message = f"region {self.name!r}, page {index} (bytes from {offset}): {what}"
-        if code:
-            message += f": {os.strerror(code)}"
-        if not issubclass(cls, SourceError):
-            raise cls(message)
-        error = cls(message, errno=code or None)
-        error.region, error.index = self.name, index
-        raise error
+    def _raise(self, index: int, kind: int, err: int, **words: str) -> NoReturn:
+        raise failure.exception(kind, failure.details(self.name, index, kind, err, **words))
 
-    def _raise_errno(self, rc: int, what: str, index: int, *, writing: bool = False) -> NoReturn:
-        """For calls that do the work of a fault: -errno tells what became of the source."""
+    def _raise_errno(self, rc: int, what: str, index: int, *, cure: str = "") -> NoReturn:
+        """For calls that do the work of a fault: -errno tells what became of the source; where it tells
+        nothing, `what` does."""
         self.check_open()  # -ESTALE of a closed region
-        cure = _KEEP_CHANGES if writing else "map it again"
-        cls, why = {
-            errno.ESTALE: (SourceChanged, f"the file is not what was mapped; {cure}"),
-            errno.ENODATA: (SourceChanged, f"the file is shorter than it was; {cure}"),
-            errno.ETIMEDOUT: (SourceTimeout, "the region's deadline passed"),
-            errno.EPIPE: (PagerDied, _PAGER_DIED),
-            errno.ENOMEM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
-        }.get(-rc, (SourceError, what))
-        self._raise(cls, why, -rc, index)
+        self._raise(index, failure.kind_of(-rc), -rc, what=what, cure=cure)
 
     def _ask(self, op: str, index: int, nr_pages: int) -> int:
         """service="python": the fault-service process does it."""
@@ -335,7 +309,9 @@ class UserfaultOps(_Memory):
         except OSError as error:
             failed = int(getattr(error, "failed_index", None) or index)
             rc = -(error.errno or errno.EIO)
-            self._raise_errno(rc, f"{op} failed", failed, writing=op == "flush")
+            if op == "flush":
+                self._raise_errno(rc, "write-back failed", failed, cure=_KEEP_CHANGES)
+            self._raise_errno(rc, "" if op in ("load", "prefetch") else f"{op} failed", failed)
 
     # --- pages --------------------------------------------------------------------------------------
 
@@ -361,7 +337,7 @@ class UserfaultOps(_Memory):
         failed = ffi.new("uint64_t *")
         rc = lib.uvm_region_load(self.handle, index, nr_pages, failed)
         if rc < 0:
-            self._raise_errno(rc, "load failed", failed[0])
+            self._raise_errno(rc, "", failed[0])
 
     def ensure(
         self, index: int, nr_pages: int, access: str, hold: Hold = contextlib.nullcontext
@@ -380,11 +356,11 @@ class UserfaultOps(_Memory):
             # Taken away again, or failed, since it was loaded.
         with hold():
             bad = index + self._nr_populated(index, nr_pages, _POPULATE[access])
-        what = "the page could not be made present and mapped, by the kernel's word"
+        what, cure = "the page could not be made present and mapped, by the kernel's word", ""
         if rc == -errno.EINVAL:
-            what = "nothing may store here any more (page_mkwrite, or an error, denied it)"
+            what, cure = "nothing may store here any more", "page_mkwrite, or an error, denied it"
             rc = -errno.EACCES
-        self._raise(SourceError, what, -rc, bad)
+        self._raise(bad, lib.UVM_FAILURE_SOURCE, -rc, what=what, cure=cure)
 
     def _nr_populated(self, index: int, nr_pages: int, advice: int) -> int:
         """How many pages from `index` on can be populated, of which the last of `nr_pages` can not."""
@@ -465,7 +441,7 @@ class UserfaultOps(_Memory):
         if self._request:
             self._ask("flush", index, nr_pages)
         elif (rc := lib.uvm_region_flush(self.handle, index, nr_pages)) < 0:
-            self._raise_errno(rc, "write-back failed", index, writing=True)
+            self._raise_errno(rc, "write-back failed", index, cure=_KEEP_CHANGES)
         self._check_home()
 
     def protect(self, index: int, nr_pages: int) -> int:
@@ -697,11 +673,3 @@ class KernelOps(_Memory):
 PRESENT_BYTES = bytes(int(i in {*MAPPED, PteState.CACHED}) for i in range(256))
 #: ... where a store has happened since the page was armed.
 WRITTEN_BYTES = bytes(int(i == PteState.PRESENT) for i in range(256))
-
-_FAILURES: dict[int, tuple[type[UffdVmError], str]] = {
-    lib.UVM_FAILURE_SOURCE: (SourceError, "the source failed"),
-    lib.UVM_FAILURE_TIMEOUT: (SourceTimeout, "the region's deadline passed"),
-    lib.UVM_FAILURE_CHANGED: (SourceChanged, "the file is not what was mapped; map it again"),
-    lib.UVM_FAILURE_PAGER: (PagerDied, _PAGER_DIED),
-    lib.UVM_FAILURE_OOM: (BudgetExceeded, "no memory, or the cache's cap is too small"),
-}

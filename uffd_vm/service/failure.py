@@ -16,27 +16,16 @@ database drivers, JITs), so every call on such a region looks whether they still
 from __future__ import annotations
 
 import atexit
-import errno
 import faulthandler
 import logging
 import os
 import signal
 import threading
-import weakref
-from typing import Any
 
 from uffd_vm import errors
-from uffd_vm.errors import (
-    BudgetExceeded,
-    FailureDetails,
-    HandlerReplaced,
-    PagerDied,
-    SourceChanged,
-    SourceError,
-    SourceTimeout,
-)
+from uffd_vm.errors import BudgetExceeded, FailureDetails, HandlerReplaced
 from uffd_vm.kernel._lib import check, ffi, lib
-from uffd_vm.page import PAGE_SIZE
+from uffd_vm.mm.failure import CLASSES, details
 
 __all__ = ["InlineHandlers", "install", "register_region", "shutdown", "unregister_region"]
 
@@ -50,8 +39,8 @@ class _OutOfMemory(BudgetExceeded):
     """No memory for a page. Made without arguments by native code."""
 
     def __init__(self) -> None:
-        details = _details()
-        super().__init__(details.message if details else "no memory for a page of a lazy region")
+        why = _details()
+        super().__init__(why.message if why else "no memory for a page of a lazy region")
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -74,74 +63,25 @@ for _private, _public in ((_OutOfMemory, BudgetExceeded), (_Interrupted, Keyboar
     _private.__module__ = _public.__module__
 
 _CLASSES: dict[int, type[BaseException]] = {
-    lib.UVM_FAILURE_SOURCE: SourceError,
-    lib.UVM_FAILURE_TIMEOUT: SourceTimeout,
-    lib.UVM_FAILURE_CHANGED: SourceChanged,
-    lib.UVM_FAILURE_PAGER: PagerDied,
+    **CLASSES,
     lib.UVM_FAILURE_OOM: _OutOfMemory,
-    lib.UVM_FAILURE_BUG: SourceError,
     lib.UVM_FAILURE_INTERRUPT: _Interrupted,
 }
 
-# What happened, and what to do.
-_TEXTS: dict[int, tuple[str, str]] = {
-    lib.UVM_FAILURE_SOURCE: ("the source could not be read", "touch it again to try again"),
-    lib.UVM_FAILURE_TIMEOUT: (
-        "the source did not answer before the region's deadline",
-        "touch it again to try again, or give the region a longer deadline",
-    ),
-    lib.UVM_FAILURE_CHANGED: ("the source is not the version that was mapped", "map it again"),
-    lib.UVM_FAILURE_PAGER: (
-        "the process that serves this memory died",
-        "call region.load(), which starts another",
-    ),
-    lib.UVM_FAILURE_OOM: ("there is no memory for the page", "free some, or raise the budget"),
-    lib.UVM_FAILURE_BUG: ("uffd_vm could not decide this fault", "please report this as a bug"),
-    lib.UVM_FAILURE_INTERRUPT: ("interrupted", "touch it again to try again"),
-}
+
+# --- details -----------------------------------------------------------------------------------------
+
+_names: dict[int, str] = {}  # of regions, by handle
 
 
-# --- names of regions ------------------------------------------------------------------------------
-
-_names: dict[int, str] = {}
-_regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def register_region(handle: int, name: str, region: object | None = None) -> None:
-    """What error messages call the region (its file's name, say), and what their `.region` is."""
+def register_region(handle: int, name: str) -> None:
+    """What error messages call the region, and what their `.region` is: its file's name, say."""
     _names[handle] = name
-    if region is not None:
-        _regions[handle] = region
 
 
 def unregister_region(handle: int) -> None:
     """After close; unknown handles are ignored."""
     _names.pop(handle, None)
-    _regions.pop(handle, None)
-
-
-# --- details -----------------------------------------------------------------------------------------
-
-
-def describe(handle: int, index: int, kind: int, err: int) -> FailureDetails:
-    """What an exception about page `index` of the region says."""
-    what, cure = _TEXTS.get(kind, _TEXTS[lib.UVM_FAILURE_SOURCE])
-    name = _names.get(handle)
-    place = f"region {name!r}" if name is not None else f"region {handle:#x}"
-    offset = index * PAGE_SIZE
-    # errno says more only where it is not the text in other words
-    if err and kind in (lib.UVM_FAILURE_SOURCE, lib.UVM_FAILURE_BUG):
-        what += f": {os.strerror(err)}"
-    elif kind == lib.UVM_FAILURE_PAGER and err == errno.ETIMEDOUT:
-        what = "the process that serves this memory did not answer for too long, and was killed"
-    elif kind == lib.UVM_FAILURE_CHANGED and err == errno.ENODATA:
-        what += ": it is shorter than it was"
-    return FailureDetails(
-        message=f"{place}, bytes {offset} to {offset + PAGE_SIZE} (page {index}): {what}; {cure}",
-        errno=err or errno.EIO,
-        region=_regions.get(handle, name),
-        index=index,
-    )
 
 
 def _details() -> FailureDetails | None:
@@ -149,7 +89,8 @@ def _details() -> FailureDetails | None:
     out = ffi.new("struct uvm_failure *")
     if lib.uvm_failure_take(out) != 1:
         return None
-    return describe(int(out.region), int(out.index), int(out.kind), int(out.err))
+    handle = int(out.region)
+    return details(_names.get(handle, hex(handle)), int(out.index), int(out.kind), int(out.err))
 
 
 # --- our signal handlers ---------------------------------------------------------------------------
