@@ -24,7 +24,8 @@ from uffd_vm.fault.fault import (
     FaultResult,
     describe,
 )
-from uffd_vm.fault.pte import PteState
+from uffd_vm.fault.pte import MAPPED, PteState
+from uffd_vm.page import nr_pages
 
 if TYPE_CHECKING:
     from uffd_vm.fault.explain import Walk
@@ -242,6 +243,10 @@ def decode_trace(ring: bytes, head_before: int, head_after: int) -> list[TraceRe
     return records
 
 
+#: By PteState, 1: the kernel maps something there, or will without a fault of ours.
+_PRESENT = bytes(state in {*MAPPED, PteState.CACHED} for state in range(256))
+
+
 @dataclasses.dataclass(frozen=True)
 class Residency:
     """Where the bytes of a region are, at one instant. Sizes in bytes, rounded up to whole pages.
@@ -261,7 +266,6 @@ class Residency:
     cache_bytes: int
     cache_cap_bytes: int
     _walk: Callable[[int, int], bytes] = dataclasses.field(repr=False, compare=False)
-    _present: bytes = dataclasses.field(repr=False, compare=False)
 
     @property
     def fraction(self) -> float:
@@ -280,15 +284,15 @@ class Residency:
     def heatmap(self, bins: int = 64) -> tuple[float, ...]:
         """Present fraction (0.0 to 1.0) of `bins` equal parts of the region; fewer bins if it has fewer
         pages. Reads one byte a page of the shadow page table, a part at a time."""
-        nr_pages = -(-self.nbytes // self.page_size)
-        bins = max(1, min(bins, nr_pages))
-        edges = [nr_pages * i // bins for i in _range(bins + 1)]
+        pages = nr_pages(self.nbytes)
+        bins = max(1, min(bins, pages))
+        edges = [pages * i // bins for i in _range(bins + 1)]
         return tuple(self._fraction(a, b) for a, b in pairwise(edges))
 
     def _fraction(self, start: int, end: int) -> float:
         step, present = 1 << 20, 0
         for index in _range(start, end, step):
-            present += self._walk(index, min(step, end - index)).translate(self._present).count(1)
+            present += self._walk(index, min(step, end - index)).translate(_PRESENT).count(1)
         return present / (end - start)
 
     def __str__(self) -> str:

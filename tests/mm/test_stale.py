@@ -18,7 +18,7 @@ import uffd_vm as uv
 from tests.support import Touch, in_thread, run_in_child, wait_until
 from uffd_vm.fault.pte import FolioState
 from uffd_vm.kernel._lib import check, lib
-from uffd_vm.mm.vm_ops import UserfaultOps
+from uffd_vm.mm.userfault_ops import UserfaultOps
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.inject import inject
 from uffd_vm.testing.strategies import pattern

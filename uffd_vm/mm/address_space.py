@@ -46,6 +46,7 @@ from uffd_vm.mm.arguments import (
     path_of,
     refuse_unexecutable,
 )
+from uffd_vm.mm.kernel_ops import KernelOps
 from uffd_vm.mm.mapping import Mapping, retry_orphans
 from uffd_vm.mm.page_cache import (
     FileVersion,
@@ -55,7 +56,8 @@ from uffd_vm.mm.page_cache import (
     open_file,
 )
 from uffd_vm.mm.region import Region, RegionSpec
-from uffd_vm.mm.vm_ops import KernelOps, UserfaultOps, VmOps
+from uffd_vm.mm.userfault_ops import UserfaultOps
+from uffd_vm.mm.vm_ops import VmOps
 from uffd_vm.page import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:

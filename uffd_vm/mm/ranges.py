@@ -13,7 +13,7 @@ import operator
 from typing import TypeAlias
 
 from uffd_vm.errors import InvalidArgument
-from uffd_vm.page import PAGE_SIZE
+from uffd_vm.page import PAGE_SIZE, nr_pages
 
 __all__ = ["RangeArgument", "byte_range", "page_span"]
 
@@ -50,4 +50,4 @@ def page_span(where: RangeArgument, nbytes: int) -> tuple[int, int]:
     if start == stop:
         return start // PAGE_SIZE, 0
     index = start // PAGE_SIZE
-    return index, -(-stop // PAGE_SIZE) - index
+    return index, nr_pages(stop) - index

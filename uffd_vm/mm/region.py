@@ -16,11 +16,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from uffd_vm.errors import InvalidArgument, RegionBusyError
+from uffd_vm.fault.pte import PteState
 from uffd_vm.mm.mapping import Mapping
 from uffd_vm.mm.page_cache import FileVersion
 from uffd_vm.mm.ranges import RangeArgument, byte_range, page_span
-from uffd_vm.mm.vm_ops import PRESENT_BYTES, WRITTEN_BYTES, Advice, VmOps
-from uffd_vm.page import PAGE_SIZE
+from uffd_vm.mm.vm_ops import Advice, VmOps
+from uffd_vm.page import PAGE_SIZE, nr_pages
 from uffd_vm.stats import Residency, Stats, TraceRecord, human_size
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ __all__ = ["Region", "RegionSpec"]
 log = logging.getLogger("uffd_vm")
 _WALK_PAGES = 1 << 20
 _HTML_PAGES = 1 << 22
+#: By PteState, 1: a store has happened since the page was armed.
+_WRITTEN = bytes(state == PteState.PRESENT for state in range(256))
 _RUNS = re.compile(rb"\x01+")
 
 
@@ -87,7 +90,7 @@ class Region:
 
     @property
     def nr_pages(self) -> int:
-        return -(-self.nbytes // PAGE_SIZE)
+        return nr_pages(self.nbytes)
 
     @property
     def handle(self) -> int:
@@ -271,7 +274,7 @@ class Region:
         found: list[tuple[int, int]] = []
         for start in _steps(index, index + nr_pages):
             states = self._ops.ptes(start, min(_WALK_PAGES, index + nr_pages - start))
-            for run in _RUNS.finditer(states.translate(WRITTEN_BYTES)):
+            for run in _RUNS.finditer(states.translate(_WRITTEN)):
                 a, b = (start + run.start()) * PAGE_SIZE, (start + run.end()) * PAGE_SIZE
                 if found and found[-1][1] == a:
                     a = found.pop()[0]
@@ -293,7 +296,6 @@ class Region:
             cache_bytes=cache_bytes,
             cache_cap_bytes=cap_bytes,
             _walk=ops.walk,
-            _present=PRESENT_BYTES,
         )
 
     def stats(self) -> Stats:

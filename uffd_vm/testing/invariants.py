@@ -12,7 +12,7 @@ from uffd_vm.fault.pte import MAPPED, FolioState, PteState
 from uffd_vm.kernel._lib import ffi, lib
 from uffd_vm.kernel.mapping import PageCategory, registered_vmas, scan
 from uffd_vm.mm.region import Region
-from uffd_vm.mm.vm_ops import UserfaultOps
+from uffd_vm.mm.userfault_ops import UserfaultOps
 from uffd_vm.page import PAGE_SIZE
 
 __all__ = [

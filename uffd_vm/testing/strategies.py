@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from uffd_vm.page import PAGE_SIZE
+from uffd_vm.page import PAGE_SIZE, nr_pages
 
 __all__ = ["byte_ranges", "contents", "region_sizes"]
 
@@ -37,9 +37,8 @@ def contents(nbytes: int) -> st.SearchStrategy[bytes]:
 
 def pattern(nbytes: int, seed: int = 0) -> bytes:
     """Bytes that tell their place: page number and seed in each 8 bytes, never zero."""
-    pages = -(-nbytes // PAGE_SIZE)
     words = (
         ((page * 0x9E3779B1 + seed * 0x85EBCA6B + 1) & 0xFFFFFF | 0x01000000).to_bytes(4, "little")
-        for page in range(pages)
+        for page in range(nr_pages(nbytes))
     )
     return b"".join(word * (PAGE_SIZE // 4) for word in words)[:nbytes]
