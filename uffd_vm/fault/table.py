@@ -50,7 +50,6 @@ __all__ = [
     "cell_index",
     "compile_tables",
     "golden",
-    "reachable_actions",
     "reachable_states",
     "unexecutable",
 ]
@@ -145,7 +144,8 @@ def _cells(
     pte_states_possible: Iterable[PteState],
     kinds: Iterable[FaultKind],
 ) -> Iterator[tuple[tuple[FaultKind, Access, PteState, FaultFlag], Row]]:
-    """The cells of such a region that are no bug. `flags_possible`: any subset of it can be set."""
+    """The cells of such a region that are no bug, and the rows that SKIP goes on with. `flags_possible`:
+    any subset of it can be set."""
     possible = flags_possible & MAIN_FLAGS
     flags = [FaultFlag(f) for f in range(_NR_FLAGS) if f & ~int(possible) == 0]
     for kind, access, pte, flag in itertools.product(
@@ -154,6 +154,8 @@ def _cells(
         chosen = decide(kind, access, backing, pte, flag)
         if chosen is not UNREACHABLE:
             yield (kind, access, pte, flag), chosen
+            if chosen.fallback:
+                yield (kind, access, pte, flag), row(chosen.fallback)
 
 
 def reachable_states(
@@ -170,18 +172,6 @@ def reachable_states(
         if more == states:
             return states
         states = more
-
-
-def reachable_actions(
-    backing: Backing,
-    flags_possible: FaultFlag,
-    pte_states_possible: Iterable[PteState],
-    kinds: Iterable[FaultKind],
-) -> frozenset[Action]:
-    """What an executor of such a region may be asked to do, rows for SKIP included."""
-    chosen = {r for _, r in _cells(backing, flags_possible, pte_states_possible, kinds)}
-    chosen |= {row(r.fallback) for r in chosen if r.fallback}
-    return frozenset(r.action for r in chosen)
 
 
 def unexecutable(
