@@ -7,7 +7,7 @@ arguments, so that a test can hand it broken ones.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .action import Action, Commit, Counter, ErrnoClass, Settlement
@@ -21,13 +21,12 @@ from .fault import (
     FaultResult,
 )
 from .handle import decide
-from .plan import plan
 from .pte import LEGAL_PTE_TRANSITIONS, PteState
-from .rows import ROWS, Row
+from .rows import Row
 from .settle import Settled, mm_account_fault, settle
 from .steps import SLEEPS, USES_REGION, Step
 
-__all__ = ["CELL_CHECKS", "OTHER_CHECKS", "PLAN_CHECKS", "Cell", "broken_invariants", "every_cell"]
+__all__ = ["CELL_CHECKS", "OTHER_CHECKS", "PLAN_CHECKS", "Cell", "every_cell"]
 
 
 class Cell(NamedTuple):
@@ -327,15 +326,3 @@ OTHER_CHECKS: tuple[Callable[[], Iterator[str]], ...] = (
     check_settlement_agrees_with_result,
     check_errors_add_up,
 )
-
-
-def broken_invariants() -> Iterable[str]:
-    """All checks over the whole policy; nothing if all hold."""
-    for r in ROWS:
-        for check_plan in PLAN_CHECKS:
-            yield from (f"{check_plan.__name__}: {text}" for text in check_plan(r, plan(r)))
-    for cell in every_cell():
-        for check_cell in CELL_CHECKS:
-            yield from (f"{check_cell.__name__}: {text}" for text in check_cell(cell))
-    for check in OTHER_CHECKS:
-        yield from (f"{check.__name__}: {text}" for text in check())

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for regions: sizes around page and block borders, ranges, contents."""
+"""For tests of regions: sizes around page borders, and contents that tell their place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from uffd_vm.page import PAGE_SIZE, nr_pages
 
-__all__ = ["byte_ranges", "contents", "region_sizes"]
+__all__ = ["pattern", "region_sizes"]
 
 
 def region_sizes(max_pages: int = 40) -> st.SearchStrategy[int]:
@@ -19,20 +19,6 @@ def region_sizes(max_pages: int = 40) -> st.SearchStrategy[int]:
         ),
         st.integers(1, max_pages * PAGE_SIZE),
     )
-
-
-def byte_ranges(nbytes: int) -> st.SearchStrategy[tuple[int, int]]:
-    """(start, stop) inside a region of `nbytes`, empty ones included."""
-    point = st.one_of(
-        st.integers(0, nbytes),
-        st.integers(0, nbytes // PAGE_SIZE).map(lambda page: page * PAGE_SIZE),
-    )
-    return st.tuples(point, point).map(lambda pair: (min(pair), max(pair)))
-
-
-def contents(nbytes: int) -> st.SearchStrategy[bytes]:
-    """File contents in which every page is unlike every other, and no page is zeros."""
-    return st.integers(0, 255).map(lambda seed: pattern(nbytes, seed))
 
 
 def pattern(nbytes: int, seed: int = 0) -> bytes:
