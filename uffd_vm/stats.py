@@ -198,7 +198,7 @@ class TraceRecord:
         return self.next_pte.name
 
 
-_RECORD = struct.Struct("<QQQIIIiIH10B")  # struct uvm_trace_record
+RECORD = struct.Struct("<QQQIIIiIH10B")  # struct uvm_trace_record
 TRACE_RECORDS = 1024
 _IN_FLIGHT = 64  # records that executors may be writing while we copy
 
@@ -211,7 +211,7 @@ def decode_trace(ring: bytes, head_before: int, head_after: int) -> list[TraceRe
     """
     records = []
     oldest = head_after + _IN_FLIGHT - TRACE_RECORDS if head_after > head_before else 0
-    for fields in _RECORD.iter_unpack(ring):
+    for fields in RECORD.iter_unpack(ring):
         (seq, t_ns, index, tid, latency_ns, result, err, nr_pages, flags) = fields[:9]
         (kind, access, backing, pte, row, action, commit, next_pte, settlement, tries) = fields[9:]
         if seq == 0 or seq > head_before or seq <= oldest:
@@ -286,12 +286,12 @@ class Residency:
         pages. Reads one byte a page of the shadow page table, a part at a time."""
         pages = nr_pages(self.nbytes)
         bins = max(1, min(bins, pages))
-        edges = [pages * i // bins for i in _range(bins + 1)]
+        edges = [pages * i // bins for i in range(bins + 1)]
         return tuple(self._fraction(a, b) for a, b in pairwise(edges))
 
     def _fraction(self, start: int, end: int) -> float:
         step, present = 1 << 20, 0
-        for index in _range(start, end, step):
+        for index in range(start, end, step):
             present += self._walk(index, min(step, end - index)).translate(_PRESENT).count(1)
         return present / (end - start)
 
@@ -303,9 +303,6 @@ class Residency:
         if self.cache_cap_bytes:
             text += f"; cache {human_size(self.cache_bytes)} of at most {human_size(self.cache_cap_bytes)}"
         return text
-
-
-_range = range
 
 
 def human_size(nbytes: float) -> str:

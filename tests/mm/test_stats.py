@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uffd_vm import stats
-from uffd_vm.kernel._lib import ffi
+from uffd_vm.kernel._lib import ffi, lib
 
 
 @given(st.integers(0, 2**64 - 1))
@@ -42,10 +42,11 @@ def _record(seq: int, index: int = 0) -> bytes:
 
 
 def test_the_layout_is_the_compilers():
-    assert stats._RECORD.size == ffi.sizeof("struct uvm_trace_record")
+    assert stats.RECORD.size == ffi.sizeof("struct uvm_trace_record")
     fields = [name for name, _ in ffi.typeof("struct uvm_trace_record").fields]
     assert fields[-1] == "tries" and len(fields) == 19
-    assert len(ffi.typeof("struct uvm_region_ctl").fields) and stats.TRACE_RECORDS == 1024
+    assert stats.TRACE_RECORDS == lib.UVM_TRACE_RECORDS
+    assert stats.LATENCY_BUCKETS == lib.UVM_LATENCY_BUCKETS
 
 
 def test_torn_and_overwritten_records_are_left_out():

@@ -22,7 +22,7 @@ from uffd_vm.service import trace
 from uffd_vm.service.fault_service.address_space import Region
 from uffd_vm.service.fault_service.filemap import CTL_BYTES, CTL_OFFSET, PageCache, Read
 from uffd_vm.service.fault_service.mm import Mm
-from uffd_vm.stats import TraceRecord, decode_trace
+from uffd_vm.stats import RECORD, TRACE_RECORDS, TraceRecord, decode_trace
 from uffd_vm.testing.fake_uffd import FakeUffd
 
 START = 0x7000_0000_0000
@@ -141,7 +141,7 @@ class World:
     def trace(self) -> list[TraceRecord]:
         memory = bytes(self.memory)
         (head,) = struct.unpack_from("<Q", memory, trace.TRACE_HEAD_OFFSET)
-        return decode_trace(memory[: trace.RECORD.size * trace.NR_RECORDS], head, head)
+        return decode_trace(memory[: RECORD.size * TRACE_RECORDS], head, head)
 
     def counter(self, counter: Counter) -> int:
         (value,) = struct.unpack_from("<Q", self.memory, trace.COUNTERS_OFFSET + 8 * counter)

@@ -21,6 +21,7 @@ from .steps import Step
 
 __all__ = [
     "DONE_UNTOUCHED",
+    "EHWPOISON",
     "Settled",
     "classify_errno",
     "finish_fault",
@@ -63,7 +64,7 @@ def classify_errno(errno: int, done: int) -> ErrnoClass:
     return _CLASS_OF.get(errno, ErrnoClass.OTHER)
 
 
-_EHWPOISON = 133  # <asm-generic/errno.h>; Python's errno module does not have it
+EHWPOISON = 133  # <asm-generic/errno.h>; Python's errno module does not have it
 _CLASS_OF = {
     _errno.EEXIST: ErrnoClass.EEXIST,
     _errno.ENOENT: ErrnoClass.ENOENT,
@@ -74,7 +75,7 @@ _CLASS_OF = {
     _errno.EBUSY: ErrnoClass.EBUSY,
     _errno.EINVAL: ErrnoClass.EINVAL,
     _errno.EIO: ErrnoClass.EIO,
-    _EHWPOISON: ErrnoClass.EIO,  # the source page is poisoned
+    EHWPOISON: ErrnoClass.EIO,  # the source page is poisoned
     _errno.ETIMEDOUT: ErrnoClass.TIMEDOUT,
 }
 

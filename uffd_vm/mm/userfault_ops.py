@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from uffd_vm.errors import BudgetExceeded, StaleRegionError, UffdVmError
+from uffd_vm.fault.settle import EHWPOISON
 from uffd_vm.kernel._lib import CData, check, ffi, lib
 from uffd_vm.kernel.mapping import PageCategory
 from uffd_vm.mm import failure, pagemap
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UserfaultOps"]
 
-_EHWPOISON = 133  # not in the errno module
 _ENSURE_TRIES = 8
 _KEEP_CHANGES = (
     "what was not written is still in memory: copy it out of the region, then discard() it"
@@ -202,7 +202,7 @@ class UserfaultOps(Memory):
                 rc = self._madvise(index, nr_pages, POPULATE[access])
                 if rc == 0 or (rc == -errno.EINVAL and not pagemap.can_populate()):
                     return  # before Linux 5.14: loaded is what we can do
-                if rc not in (-errno.EFAULT, -_EHWPOISON):
+                if rc not in (-errno.EFAULT, -EHWPOISON):
                     break
                 if self._user_mode_only:  # a missing or protected page is EFAULT to system calls
                     lib.uvm_touch(self._address(index), nr_pages, access == "write")

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import struct
 
-from uffd_vm.stats import bucket
+from uffd_vm.kernel._lib import ffi, lib
+from uffd_vm.stats import LATENCY_BUCKETS, RECORD, TRACE_RECORDS, bucket
 
 __all__ = ["ControlBlock"]
 
-# struct uvm_region_ctl and struct uvm_trace_record; tests/service compares both with the compiler's.
-NR_COUNTERS = 64
-NR_BUCKETS = 512
-NR_RECORDS = 1024
-RECORD = struct.Struct("<QQQIIIiIH10B")
-COUNTERS_OFFSET = RECORD.size * NR_RECORDS
-NR_PRESENT_OFFSET = COUNTERS_OFFSET + 8 * NR_COUNTERS
-TRACE_HEAD_OFFSET = NR_PRESENT_OFFSET + 8
-ADVICE_OFFSET = TRACE_HEAD_OFFSET + 8
-LATENCY_OFFSET = ADVICE_OFFSET + 8
-PTES_OFFSET = 59968  # UVM_REGION_CTL_BYTES
+COUNTERS_OFFSET = ffi.offsetof("struct uvm_region_ctl", "counters")
+NR_PRESENT_OFFSET = ffi.offsetof("struct uvm_region_ctl", "nr_present")
+TRACE_HEAD_OFFSET = ffi.offsetof("struct uvm_region_ctl", "trace_head")
+ADVICE_OFFSET = ffi.offsetof("struct uvm_region_ctl", "advice")
+LATENCY_OFFSET = ffi.offsetof("struct uvm_region_ctl", "latency")
+PTES_OFFSET = lib.UVM_REGION_CTL_BYTES
 _BODY = struct.Struct("<QQIIIiIH10B")  # a record without its seq
 
 
@@ -44,12 +40,16 @@ class ControlBlock:
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
-        self._seq = memory[:COUNTERS_OFFSET].cast("Q")
-        self.counters = memory[COUNTERS_OFFSET:NR_PRESENT_OFFSET].cast("Q")
-        self._nr_present = memory[NR_PRESENT_OFFSET:TRACE_HEAD_OFFSET].cast("Q")
-        self._head = memory[TRACE_HEAD_OFFSET:ADVICE_OFFSET].cast("Q")
-        self._advice = memory[ADVICE_OFFSET:LATENCY_OFFSET].cast("Q")
-        self._latency = memory[LATENCY_OFFSET : LATENCY_OFFSET + 4 * NR_BUCKETS].cast("I")
+        self._seq = memory[: TRACE_RECORDS * RECORD.size].cast("Q")
+
+        def words(offset: int, number: int = 1) -> memoryview:
+            return memory[offset : offset + 8 * number].cast("Q")
+
+        self.counters = words(COUNTERS_OFFSET, lib.UVM_MAX_COUNTERS)
+        self._nr_present = words(NR_PRESENT_OFFSET)
+        self._head = words(TRACE_HEAD_OFFSET)
+        self._advice = words(ADVICE_OFFSET)
+        self._latency = memory[LATENCY_OFFSET : LATENCY_OFFSET + 4 * LATENCY_BUCKETS].cast("I")
         self.ptes = memory[PTES_OFFSET:]
 
     @property
@@ -64,7 +64,7 @@ class ControlBlock:
     def record(self, *body: int) -> None:
         """Appends a record: the fields of struct uvm_trace_record after seq, in their order."""
         head = self._head[0]
-        slot = head % NR_RECORDS
+        slot = head % TRACE_RECORDS
         word = slot * (RECORD.size // 8)
         self._seq[word] = 0
         _BODY.pack_into(self._memory, slot * RECORD.size + 8, *body)

@@ -13,13 +13,13 @@ import errno
 import socket
 import struct
 
+from uffd_vm.kernel._lib import lib
+
 __all__ = ["Agent"]
 
-# struct uvm_agent_request, struct uvm_agent_reply; enum uvm_agent_op
+# struct uvm_agent_request, struct uvm_agent_reply
 _REQUEST = struct.Struct("<IiqQQiI")
 _REPLY = struct.Struct("<Ii")
-_PROTECT_READ, _FAILED, _INTERRUPTED, _ALIVE = 2, 3, 5, 6
-_ASK = 0  # as seq of a reply
 _TIMEOUT_S = 10.0
 
 
@@ -40,26 +40,28 @@ class Agent:
         try:
             message = self._socket.recv(_REPLY.size, socket.MSG_DONTWAIT)
             # Else the late reply to a request that we gave up, or the end: the owner's socket says so.
-            if len(message) == _REPLY.size and _REPLY.unpack(message)[0] == _ASK:
-                self._socket.send(_REQUEST.pack(_ALIVE, 0, 0, 0, 0, 0, _ASK))
+            if len(message) == _REPLY.size and _REPLY.unpack(message)[0] == lib.UVM_AGENT_ASK:
+                self._socket.send(
+                    _REQUEST.pack(lib.UVM_AGENT_ALIVE, 0, 0, 0, 0, 0, lib.UVM_AGENT_ASK)
+                )
         except OSError:
             pass
 
     def failed(self, region: int, index: int, kind: int, err: int) -> int:
         """Records why the page failed, before it does. Returns >= 0 or -errno."""
-        return self._call(_FAILED, kind, region, index, 1, err)
+        return self._call(lib.UVM_AGENT_FAILED, kind, region, index, 1, err)
 
     def protect_read(self, region: int, index: int, nr_pages: int) -> int:
         """mprotect(PROT_READ) of the pages: a store there is SIGSEGV from now on."""
-        return self._call(_PROTECT_READ, 0, region, index, nr_pages, 0)
+        return self._call(lib.UVM_AGENT_PROTECT_READ, 0, region, index, nr_pages, 0)
 
     def interrupted(self, tid: int) -> bool:
         """Whether Ctrl-C arrived while the owner's main thread, `tid`, waits. Keeps looking from now on."""
-        return self._call(_INTERRUPTED, 0, 0, tid, 1, 0) == 1
+        return self._call(lib.UVM_AGENT_INTERRUPTED, 0, 0, tid, 1, 0) == 1
 
     def not_waiting(self) -> None:
         """No thread waits for long any more: the owner's SIGINT handler is its own again."""
-        self._call(_INTERRUPTED, 0, 0, 0, 0, 0)
+        self._call(lib.UVM_AGENT_INTERRUPTED, 0, 0, 0, 0, 0)
 
     def _call(self, op: int, kind: int, region: int, index: int, nr_pages: int, err: int) -> int:
         self._seq = self._seq % 0xFFFFFFFF + 1

@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from uffd_vm.fault.pte import FolioState
+from uffd_vm.kernel._lib import lib
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 from uffd_vm.service.fault_service.completion import Event, Job, Task, Workers
 
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BUFFER_PAGES", "CHANGED", "BufferPool", "PageCache", "Read", "ZeroFolio"]
 
-BUFFER_PAGES = 512  # largest run of one read: 2 MiB
+BUFFER_PAGES = 512  # largest run that a load, prefetch or read-ahead brings in one read: 2 MiB
 WRITEBACK_PAGES = 64
 _READ_RETRIES_S = (0.01, 0.02)
 _TRANSIENT = frozenset((errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS))
-CTL_OFFSET, CTL_BYTES = 65536, 66560  # UVM_CACHE_CTL_OFFSET, UVM_CACHE_CTL_BYTES
+CTL_OFFSET, CTL_BYTES = lib.UVM_CACHE_CTL_OFFSET, lib.UVM_CACHE_CTL_BYTES
 NR_PINS = 1024  # UVM_CACHE_PINS
 SLOT_BITS, NR_EPOCHS = 12, 1 << 12  # UVM_CACHE_SLOT_BITS, UVM_CACHE_EPOCHS: of an owner
 _CTL_WORDS = 13  # struct uvm_cache_ctl

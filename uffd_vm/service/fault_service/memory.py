@@ -32,6 +32,8 @@ from uffd_vm.fault.action import Action, Commit, Counter, ErrnoClass, Settlement
 from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultKind, FaultResult
 from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.settle import classify_errno
+from uffd_vm.kernel._lib import lib
+from uffd_vm.kernel.uffd import CopyMode, WpMode
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 from uffd_vm.service.fault_service import policy
 from uffd_vm.service.fault_service.address_space import CACHED_SHIFT, Region
@@ -86,26 +88,23 @@ _PGFAULT, _PGMAJFAULT = int(Counter.pgfault), int(Counter.pgmajfault)
 _PGMINFAULT, _PGFAULT_FAILED = int(Counter.pgminfault), int(Counter.pgfault_failed)
 _MAP_AROUND, _BYTES_READ = int(Counter.map_around), int(Counter.bytes_read)
 
-_COPY_DONTWAKE, _COPY_WP = 1, 2
-_ZEROPAGE_DONTWAKE = 1
-_POISON_DONTWAKE = 1
-_WP_DONTWAKE = 2
-
-_RANDOM = 2  # enum uvm_advice
+_DONTWAKE, _COPY_WP = int(CopyMode.DONTWAKE), int(CopyMode.WP)
+_WP_DONTWAKE = int(WpMode.DONTWAKE)
 _EIO, _CHARGE, _TIMEDOUT = int(ErrnoClass.EIO), int(ErrnoClass.CHARGE), int(ErrnoClass.TIMEDOUT)
 _DENIED, _RACE = int(ErrnoClass.DENIED), int(ErrnoClass.RACE)
 _FLAG_CACHED = int(FaultFlag.CACHED)
 _SIGBUS = int(FaultResult.SIGBUS)
 
-# enum uvm_failure_kind
-_SOURCE, _TIMEOUT, _CHANGED, _OOM, _BUG, _INTERRUPT = 1, 2, 3, 5, 6, 7
 _ROW_UNREACHABLE = policy.row_id("UNREACHABLE")
 _FAILURE_KIND = {
-    _ROW_UNREACHABLE: _BUG,
-    policy.row_id("p7"): _TIMEOUT,
-    policy.row_id("X-OOM"): _OOM,
+    _ROW_UNREACHABLE: lib.UVM_FAILURE_BUG,
+    policy.row_id("p7"): lib.UVM_FAILURE_TIMEOUT,
+    policy.row_id("X-OOM"): lib.UVM_FAILURE_OOM,
 }
-_ERRNO_OF_KIND = {_TIMEOUT: errno.ETIMEDOUT, _OOM: errno.ENOMEM}
+_ERRNO_OF_KIND = {
+    lib.UVM_FAILURE_TIMEOUT: errno.ETIMEDOUT,
+    lib.UVM_FAILURE_OOM: errno.ENOMEM,
+}
 
 
 class VmFault(Generic[P]):
@@ -270,7 +269,7 @@ def __do_fault(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> Read | VmFaultT:
     if read is None:
         if vmf.flags & _FLAG_CACHED:
             return cache.read_cached(folio, 1)
-        around = 1 if region.control.advice == _RANDOM else region.fault_around_pages
+        around = 1 if region.control.advice == lib.UVM_ADVICE_RANDOM else region.fault_around_pages
         first, end = region.absent_run(index, cache.window(around))
         if not cache.make_room(end - first):
             first, end = index, index + 1
@@ -601,16 +600,18 @@ def poison_page(mm: Mm, vmf: VmFault[P], walked: Walked[P], row: int, result: Vm
     """The content cannot be had: the page fails from now on. Why is told first: the thread that gets
     the signal asks at once. COPY would take a poison away again, so the entry says POISONED."""
     region, index = walked.region, walked.index
-    kind = _CHANGED if vmf.err in CHANGED else _FAILURE_KIND.get(row, _SOURCE)
-    if kind == _TIMEOUT and vmf.interrupted:
-        kind, vmf.err = _INTERRUPT, errno.EINTR
+    kind = _FAILURE_KIND.get(row, lib.UVM_FAILURE_SOURCE)
+    if vmf.err in CHANGED:
+        kind = lib.UVM_FAILURE_CHANGED
+    if kind == lib.UVM_FAILURE_TIMEOUT and vmf.interrupted:
+        kind, vmf.err = lib.UVM_FAILURE_INTERRUPT, errno.EINTR
     mm.agent.failed(region.handle, index, kind, vmf.err or _ERRNO_OF_KIND.get(kind, errno.EIO))
     count(region, row)
     with lock_pte(walked) as pte:
         address = region.address(index)
         if region.ptes[index] == _NONE_WP:  # POISON refuses a marker with EEXIST
             mm.kernel.uvm_uffd_writeprotect(mm.uffd, address, PAGE_SIZE, _WP_DONTWAKE)
-        done = mm.kernel.uvm_uffd_poison(mm.uffd, address, PAGE_SIZE, _POISON_DONTWAKE)
+        done = mm.kernel.uvm_uffd_poison(mm.uffd, address, PAGE_SIZE, _DONTWAKE)
         if not done.err:
             region.set_ptes(index, 1, _POISONED)
         elif done.err != errno.EEXIST:  # EEXIST: a page came after all; nothing to fail
@@ -684,26 +685,21 @@ def _commit_none(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -
     return 0, 0
 
 
-def _copy(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
+def _copy(
+    mm: Mm, region: Region, index: int, nr_pages: int, read: Any, wp: int = 0
+) -> _CommitResult:
     done = mm.kernel.uvm_uffd_copy(
         mm.uffd,
-        region.start + (index << PAGE_SHIFT),
+        region.address(index),
         read.address_of(region.pgoff + index),
         nr_pages << PAGE_SHIFT,
-        _COPY_DONTWAKE,
+        _DONTWAKE | wp,
     )
     return done.err, done.done
 
 
 def _copy_wp(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    done = mm.kernel.uvm_uffd_copy(
-        mm.uffd,
-        region.start + (index << PAGE_SHIFT),
-        read.address_of(region.pgoff + index),
-        nr_pages << PAGE_SHIFT,
-        _COPY_DONTWAKE | _COPY_WP,
-    )
-    return done.err, done.done
+    return _copy(mm, region, index, nr_pages, read, _COPY_WP)
 
 
 def _copy_cache(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
@@ -717,23 +713,22 @@ def _copy_cache(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) ->
 
 def _zeropage(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
     done = mm.kernel.uvm_uffd_zeropage(
-        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _ZEROPAGE_DONTWAKE
+        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _DONTWAKE
     )
     return done.err, done.done
 
 
-def _continue(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
+def _continue(
+    mm: Mm, region: Region, index: int, nr_pages: int, read: Any, wp: int = 0
+) -> _CommitResult:
     done = mm.kernel.uvm_uffd_continue(
-        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _COPY_DONTWAKE
+        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _DONTWAKE | wp
     )
     return done.err, done.done
 
 
 def _continue_wp(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    done = mm.kernel.uvm_uffd_continue(
-        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _COPY_DONTWAKE | _COPY_WP
-    )
-    return done.err, done.done
+    return _continue(mm, region, index, nr_pages, read, _COPY_WP)
 
 
 def _unprotect(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:

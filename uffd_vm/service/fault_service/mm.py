@@ -22,15 +22,24 @@ from typing import Any, Protocol
 from uffd_vm.fault.action import Counter, Truth
 from uffd_vm.fault.fault import FaultKind
 from uffd_vm.fault.pte import PteState
+from uffd_vm.fault.settle import EHWPOISON
+from uffd_vm.kernel._lib import lib
+from uffd_vm.kernel.uffd import WpMode
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 from uffd_vm.service.fault_service.address_space import CACHED, AddressSpace, Region
 from uffd_vm.service.fault_service.completion import Event, Task, Workers, run_task
-from uffd_vm.service.fault_service.filemap import BufferPool, PageCache, Read, ZeroFolio
+from uffd_vm.service.fault_service.filemap import (
+    BUFFER_PAGES,
+    BufferPool,
+    PageCache,
+    Read,
+    ZeroFolio,
+)
 from uffd_vm.service.fault_service.memory import VmFault, handle_mm_fault, mfill
 
 __all__ = ["Failures", "Kernel", "Mm"]
 
-_WP = 1
+_WP = int(WpMode.WP)
 _PRESENT, _WRITE_PROTECTED = int(PteState.PRESENT), int(PteState.WRITE_PROTECTED)
 _ZERO, _ZERO_WP = int(PteState.ZERO), int(PteState.ZERO_WP)
 _NONE, _NONE_WP, _CACHED = int(PteState.NONE), int(PteState.NONE_WP), int(PteState.CACHED)
@@ -42,16 +51,13 @@ _READAHEAD, _BYTES_READ = int(Counter.readahead), int(Counter.bytes_read)
 _PGSTEAL = int(Counter.pgsteal)
 _WRITEBACK, _BYTES_WRITTEN = int(Counter.writeback), int(Counter.bytes_written)
 
-_EHWPOISON = 133
 _ROOM_TRIES = 10_000  # of a millisecond
-_SEQUENTIAL, _RANDOM = 1, 2  # enum uvm_advice
 _INTERRUPT_AFTER_NS = 200_000_000
 _INTERRUPT_LOOK_MS = 100
 _CHAIN_GAP_NS = 1_000_000_000  # a thread that comes back later had the page meanwhile
 _MAX_CHAINS = 4096
 _RESCHED_NS = 10_000_000  # a task that only computes lets others in after this
 _CHUNK_PAGES = 16 << 10  # of a range that is walked: 64 MiB
-_LOAD_PAGES = 512  # largest run that a load, prefetch or read-ahead brings in one go
 
 
 class Kernel(Protocol):
@@ -275,7 +281,7 @@ class Mm:
             region = self.live(handle, generation)
             state = region.walk(at, _MISSING)
             if state == _POISONED:
-                raise _failed(_EHWPOISON, at)
+                raise _failed(EHWPOISON, at)
             if state & CACHED or (state not in (_NONE, _NONE_WP) and state != _BUSY):
                 at += 1
                 continue
@@ -286,7 +292,7 @@ class Mm:
             cache = region.cache
             read = cache.reads.get(region.pgoff + at)
             if read is None:
-                limit = min(_LOAD_PAGES, max(region.fault_around_pages, end - at))
+                limit = min(BUFFER_PAGES, max(region.fault_around_pages, end - at))
                 limit = min(limit, max(1, cache.cap_pages // 4))  # more would never fit
                 _, last = region.absent_run(at, 1 << (limit - 1).bit_length())
                 last = min(last, end) if end - at >= region.fault_around_pages else last
@@ -349,11 +355,11 @@ class Mm:
     def read_ahead(self, region: Region, index: int, nr_pages: int) -> None:
         """page_cache_async_ra(): a reader who comes to where the last one ended gets more, ahead."""
         largest, advice = region.readahead_pages, region.control.advice
-        if not largest or advice == _RANDOM:
+        if not largest or advice == lib.UVM_ADVICE_RANDOM:
             return
         around = region.fault_around_pages
         end = index - index % around + around
-        if index != region.readahead_next and advice != _SEQUENTIAL:
+        if index != region.readahead_next and advice != lib.UVM_ADVICE_SEQUENTIAL:
             region.readahead_next, region.readahead_window = end, 0
             return
         window = min(max(2 * region.readahead_window, 2 * around), largest)
