@@ -6,7 +6,7 @@
                                                                       -> do_shared_fault
                                         -> do_wp_page     -> wp_page_reuse | wp_page_shared
                                         -> do_swap_page   -> folio_wait | do_poison | ...
-    __do_fault brings a folio in, finish_fault commits it
+    __do_fault brings a folio in, finish_fault commits it (mfill: userfaultfd.py)
 
 What to do is not decided here: handle_pte_fault() asks uffd_vm.fault for the row, and every level below
 follows its action through a table, to a function that does it; the row's commit leads to an ioctl the
@@ -28,12 +28,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic
 
 from uffd_vm.errors import StaleRegionError
-from uffd_vm.fault.action import Action, Commit, Counter, ErrnoClass, Settlement, Truth
+from uffd_vm.fault.action import Action, Counter, ErrnoClass, Settlement, Truth
 from uffd_vm.fault.fault import VM_FAULT_ERROR, Access, FaultFlag, FaultKind, FaultResult
 from uffd_vm.fault.pte import PteState
-from uffd_vm.fault.settle import classify_errno
 from uffd_vm.kernel._lib import lib
-from uffd_vm.kernel.uffd import CopyMode, WpMode
 from uffd_vm.page import PAGE_SHIFT, PAGE_SIZE
 from uffd_vm.service.fault_service import policy
 from uffd_vm.service.fault_service.address_space import CACHED_SHIFT, Region
@@ -56,11 +54,18 @@ from uffd_vm.service.fault_service.typestate import (
     same_page,
     walk,
 )
+from uffd_vm.service.fault_service.userfaultfd import (
+    DONTWAKE,
+    TAKES_CONTENT,
+    UNPROTECT,
+    WP_DONTWAKE,
+    mfill,
+)
 
 if TYPE_CHECKING:
     from uffd_vm.service.fault_service.mm import Mm
 
-__all__ = ["VmFault", "handle_mm_fault", "mfill"]
+__all__ = ["VmFault", "handle_mm_fault"]
 
 log = logging.getLogger("uffd_vm.service")
 
@@ -88,8 +93,6 @@ _PGFAULT, _PGMAJFAULT = int(Counter.pgfault), int(Counter.pgmajfault)
 _PGMINFAULT, _PGFAULT_FAILED = int(Counter.pgminfault), int(Counter.pgfault_failed)
 _MAP_AROUND, _BYTES_READ = int(Counter.map_around), int(Counter.bytes_read)
 
-_DONTWAKE, _COPY_WP = int(CopyMode.DONTWAKE), int(CopyMode.WP)
-_WP_DONTWAKE = int(WpMode.DONTWAKE)
 _EIO, _CHARGE, _TIMEDOUT = int(ErrnoClass.EIO), int(ErrnoClass.CHARGE), int(ErrnoClass.TIMEDOUT)
 _DENIED, _RACE = int(ErrnoClass.DENIED), int(ErrnoClass.RACE)
 _FLAG_CACHED = int(FaultFlag.CACHED)
@@ -250,7 +253,7 @@ def do_fault_around(mm: Mm, vmf: VmFault[P], walked: Walked[P]) -> VmFaultT:
     cache = region.cache
     assert cache is not None
     content: Read | ZeroFolio = mm.zero_folio
-    if policy.COMMIT[vmf.row] in _TAKES_CONTENT:
+    if policy.COMMIT[vmf.row] in TAKES_CONTENT:
         content = cache.read_cached(region.pgoff + index, 1)
     with lock_folio(walked, content) as folio:
         return finish_fault(mm, vmf, walked, folio)
@@ -418,7 +421,7 @@ def set_pte_range(mm: Mm, vmf: VmFault[P], pte: PteLocked[P], folio: FolioLocked
     commit = policy.COMMIT[row]
     if _MARKS_DIRTY[policy.ACTION[row]] and region.shared:
         cache = region.cache
-        if cache is not None and commit == _UNPROTECT:
+        if cache is not None and commit == UNPROTECT:
             cache.mark_dirty(region.pgoff + index)  # before the store can happen
     first, end = index, index + 1
     read = folio.read
@@ -446,55 +449,6 @@ def set_pte_range(mm: Mm, vmf: VmFault[P], pte: PteLocked[P], folio: FolioLocked
     with install(pte, first, end - first, mm.wake_region) as installed:
         update_mmu_cache(mm, vmf, installed)
     return _OK
-
-
-def mfill(
-    mm: Mm,
-    region: Region,
-    first: int,
-    end: int,
-    commit: int,
-    read: Read | ZeroFolio,
-    vmf: VmFault[P] | None,
-) -> int:
-    """Commits [first, end) and publishes what went in; returns the ErrnoClass of the fault's own page.
-
-    ADVANCE is here: the pages that are done are settled, the rest is committed after them. A page that
-    was there already (EEXIST) is somebody's success; for vmf's own page that is for settle() to say.
-    """
-    ioctl = _COMMITS[commit]
-    own = vmf.index if vmf is not None else -1
-    own_class = _OK
-    at = first
-    while at < end:
-        err, done = ioctl(mm, region, at, end - at, read)
-        nr_done = end - at if not err else max(done, 0) >> PAGE_SHIFT
-        if nr_done:
-            if commit in _INSTALLS:
-                publish(region, at, nr_done, commit)
-            at += nr_done
-            continue
-        if at == own and vmf is not None:
-            vmf.err = err
-            own_class = classify(err, done)
-        elif err == errno.ENOENT and own >= 0 and end - first > 1:
-            # The range is not one mapping any more: the fault's own page alone.
-            return mfill(mm, region, own, own + 1, commit, read, vmf)
-        elif err != errno.EEXIST:
-            if at < own < end:
-                at = own
-                continue
-            break
-        at += 1
-    return own_class
-
-
-def publish(region: Region, index: int, nr_pages: int, commit: int) -> None:
-    """The kernel has them: page-table bytes, and folio words where the page cache was filled."""
-    fills = _TAKES_CONTENT if region.shared else _FILLS_CACHE
-    if region.cache is not None and commit in fills:
-        region.cache.mark_uptodate(region.pgoff + index, nr_pages)
-    region.set_ptes(index, nr_pages, _PTE_OF_COMMIT[commit])
 
 
 def update_mmu_cache(mm: Mm, vmf: VmFault[P], installed: Installed[P]) -> None:
@@ -610,8 +564,8 @@ def poison_page(mm: Mm, vmf: VmFault[P], walked: Walked[P], row: int, result: Vm
     with lock_pte(walked) as pte:
         address = region.address(index)
         if region.ptes[index] == _NONE_WP:  # POISON refuses a marker with EEXIST
-            mm.kernel.uvm_uffd_writeprotect(mm.uffd, address, PAGE_SIZE, _WP_DONTWAKE)
-        done = mm.kernel.uvm_uffd_poison(mm.uffd, address, PAGE_SIZE, _DONTWAKE)
+            mm.kernel.uvm_uffd_writeprotect(mm.uffd, address, PAGE_SIZE, WP_DONTWAKE)
+        done = mm.kernel.uvm_uffd_poison(mm.uffd, address, PAGE_SIZE, DONTWAKE)
         if not done.err:
             region.set_ptes(index, 1, _POISONED)
         elif done.err != errno.EEXIST:  # EEXIST: a page came after all; nothing to fail
@@ -669,73 +623,6 @@ def trace(region: Region, vmf: VmFault[P], result: VmFaultT, now_ns: int) -> Non
         vmf.settlement,
         min(vmf.tries, 255),
     )
-
-
-def classify(err: int, done: int) -> int:
-    """ErrnoClass of how an ioctl ended."""
-    return int(classify_errno(err, done))
-
-
-# ---- commits: one ioctl each, none of which wakes: state is published first -----------------------
-
-_CommitResult = tuple[int, int]  # errno, bytes done
-
-
-def _commit_none(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    return 0, 0
-
-
-def _copy(
-    mm: Mm, region: Region, index: int, nr_pages: int, read: Any, wp: int = 0
-) -> _CommitResult:
-    done = mm.kernel.uvm_uffd_copy(
-        mm.uffd,
-        region.address(index),
-        read.address_of(region.pgoff + index),
-        nr_pages << PAGE_SHIFT,
-        _DONTWAKE | wp,
-    )
-    return done.err, done.done
-
-
-def _copy_wp(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    return _copy(mm, region, index, nr_pages, read, _COPY_WP)
-
-
-def _copy_cache(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    """The owner's own mapping of the cache is out of reach: whole pages go in by pwrite()."""
-    assert region.cache is not None
-    try:
-        return 0, region.cache.fill_cache(read, region.pgoff + index, nr_pages)
-    except OSError as error:
-        return error.errno or errno.EIO, 0
-
-
-def _zeropage(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    done = mm.kernel.uvm_uffd_zeropage(
-        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _DONTWAKE
-    )
-    return done.err, done.done
-
-
-def _continue(
-    mm: Mm, region: Region, index: int, nr_pages: int, read: Any, wp: int = 0
-) -> _CommitResult:
-    done = mm.kernel.uvm_uffd_continue(
-        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _DONTWAKE | wp
-    )
-    return done.err, done.done
-
-
-def _continue_wp(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    return _continue(mm, region, index, nr_pages, read, _COPY_WP)
-
-
-def _unprotect(mm: Mm, region: Region, index: int, nr_pages: int, read: Any) -> _CommitResult:
-    rc = mm.kernel.uvm_uffd_writeprotect(
-        mm.uffd, region.address(index), nr_pages << PAGE_SHIFT, _WP_DONTWAKE
-    )
-    return -rc, 0
 
 
 # ---- the tables that lead from a row to the function that does it -----------------------------------
@@ -797,48 +684,6 @@ _MARKS_DIRTY = tuple(
     action in (Action.MKWRITE_FOLIO, Action.MKWRITE, Action.REUSE, Action.CANCEL_EVICT)
     for action in Action
 )
-
-_COMMITS: tuple[Callable[[Mm, Region, int, int, Any], _CommitResult], ...] = tuple(
-    {
-        Commit.ZEROPAGE: _zeropage,
-        Commit.COPY: _copy,
-        Commit.COPY_WP: _copy_wp,
-        Commit.COPY_CACHE: _copy_cache,
-        Commit.COPY_CACHE_WP: _copy_cache,
-        Commit.CONTINUE: _continue,
-        Commit.CONTINUE_WP: _continue_wp,
-        Commit.UNPROTECT: _unprotect,
-    }.get(commit, _commit_none)
-    for commit in Commit
-)
-_UNPROTECT = int(Commit.UNPROTECT)
-#: Bring content along; into a shared mapping, that is into the page cache.
-_TAKES_CONTENT = frozenset(
-    int(c) for c in (Commit.COPY, Commit.COPY_WP, Commit.COPY_CACHE, Commit.COPY_CACHE_WP)
-)
-_FILLS_CACHE = frozenset((int(Commit.COPY_CACHE), int(Commit.COPY_CACHE_WP)))
-_INSTALLS = frozenset(
-    int(commit)
-    for commit in (
-        Commit.ZEROPAGE,
-        Commit.COPY,
-        Commit.COPY_WP,
-        Commit.COPY_CACHE,
-        Commit.COPY_CACHE_WP,
-        Commit.CONTINUE,
-        Commit.CONTINUE_WP,
-    )
-)
-#: What a page is after a commit: the state of the neighbours that came with a fault's own page.
-_PTE_OF_COMMIT = {
-    int(Commit.ZEROPAGE): int(PteState.ZERO),
-    int(Commit.COPY): int(PteState.PRESENT),
-    int(Commit.COPY_WP): int(PteState.WRITE_PROTECTED),
-    int(Commit.COPY_CACHE): int(PteState.CACHED),
-    int(Commit.COPY_CACHE_WP): int(PteState.CACHED),
-    int(Commit.CONTINUE): int(PteState.PRESENT),
-    int(Commit.CONTINUE_WP): int(PteState.WRITE_PROTECTED),
-}
 
 _SETTLEMENTS: tuple[_Settle, ...] = tuple(
     {

@@ -35,7 +35,8 @@ from uffd_vm.service.fault_service.filemap import (
     Read,
     ZeroFolio,
 )
-from uffd_vm.service.fault_service.memory import VmFault, handle_mm_fault, mfill
+from uffd_vm.service.fault_service.memory import VmFault, handle_mm_fault
+from uffd_vm.service.fault_service.userfaultfd import mfill
 
 __all__ = ["Failures", "Kernel", "Mm"]
 
