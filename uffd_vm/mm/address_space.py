@@ -445,9 +445,11 @@ class AddressSpace:
         with ExitStack() as undo:
             _configure()
             raising = settings.on_error == "raise" or serving == "inline"
-            if raising:
-                self._failure_up()
-                undo.callback(self._failure_down)
+            if raising:  # each region by itself: our SIGBUS handler is put back if it was replaced
+                from uffd_vm.service import failure
+
+                failure.install()
+                undo.callback(failure.shutdown)
             handle = check(
                 lib.uvm_region_create(
                     ffi.new(
@@ -477,8 +479,6 @@ class AddressSpace:
             undo.callback(_drop_region, handle)
             handlers: InlineHandlers | None = None
             if raising:
-                from uffd_vm.service import failure
-
                 failure.register_region(handle, title)
                 undo.callback(failure.unregister_region, handle)
                 if serving == "inline":
@@ -513,9 +513,7 @@ class AddressSpace:
                 shared=backing == Backing.SHARED_FILE,
                 writable=writable,
                 tracked=FaultFlag.TRACKED in flags,
-                before_end=functools.partial(self._detach, handle)
-                if serving == "python"
-                else _nothing,
+                before_end=functools.partial(self._detach, handle) if serving == "python" else None,
                 release=functools.partial(self._release, cache, raising, handle),
                 request=request,
                 handlers=handlers,
@@ -537,18 +535,7 @@ class AddressSpace:
                 from uffd_vm.service import failure
 
                 failure.unregister_region(handle)
-                self._failure_down()
-
-    def _failure_up(self) -> None:
-        """Each region by itself: every call puts our SIGBUS handler back if it was replaced."""
-        from uffd_vm.service import failure
-
-        failure.install()
-
-    def _failure_down(self) -> None:
-        from uffd_vm.service import failure
-
-        failure.shutdown()
+                failure.shutdown()
 
     # --- the fault-service process ------------------------------------------------------------------
 
@@ -606,10 +593,6 @@ def _sharing(serving: str, private: bool) -> str:
     if private:
         return "private"
     return "python" if serving == "python" else "native"
-
-
-def _nothing() -> None:
-    pass
 
 
 def _drop_region(handle: int) -> None:

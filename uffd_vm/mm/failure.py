@@ -66,9 +66,17 @@ def kind_of(err: int) -> int:
 
 
 def details(
-    name: str, index: int, kind: int, err: int, *, what: str = "", cure: str = "", who: str = ""
+    name: str,
+    index: int | None,
+    kind: int,
+    err: int,
+    *,
+    what: str = "",
+    cure: str = "",
+    who: str = "",
 ) -> FailureDetails:
-    """Of a failure at page `index` of the region `name`; `err` 0: the errno of the class.
+    """Of a failure at page `index` of the region `name` (None: somewhere in what was asked for); `err` 0:
+    the errno of the class.
 
     `what` stands for the text of a source that failed, `cure` for what to do of any kind; `who` goes
     before them.
@@ -83,10 +91,12 @@ def details(
         happened = "the process that serves this memory did not answer for too long, and was killed"
     elif kind == lib.UVM_FAILURE_CHANGED and err == errno.ENODATA:
         happened += ": it is shorter than it was"
-    offset = index * PAGE_SIZE
+    where = f"region {name!r}"
+    if index is not None:
+        offset = index * PAGE_SIZE
+        where += f", bytes {offset} to {offset + PAGE_SIZE} (page {index})"
     return FailureDetails(
-        message=f"region {name!r}, bytes {offset} to {offset + PAGE_SIZE} (page {index}): "
-        f"{who}{happened}; {cure or to_do}",
+        message=f"{where}: {who}{happened}; {cure or to_do}",
         errno=err,
         region=name,
         index=index,

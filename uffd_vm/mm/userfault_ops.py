@@ -33,10 +33,6 @@ _KEEP_CHANGES = (
 )
 
 
-def _nothing() -> None:
-    pass
-
-
 class UserfaultOps(Memory):
     """A region whose faults userfaultfd sends to us."""
 
@@ -51,14 +47,14 @@ class UserfaultOps(Memory):
         shared: bool,
         writable: bool,
         tracked: bool,
-        before_end: Callable[[], None],
+        before_end: Callable[[], None] | None,
         release: Callable[[], None],
         request: Callable[[str, int, int, int], int] | None = None,
         handlers: InlineHandlers | None = None,
         user_mode_only: bool = False,
     ) -> None:
         super().__init__(name, start, nbytes)
-        self._before_end = before_end
+        self._before_end = before_end  # service="python": the process lets it go
         self._handle = handle
         self.cache = cache
         self._shared = shared
@@ -82,7 +78,7 @@ class UserfaultOps(Memory):
     def in_forked_child(self) -> None:
         # The fault-service process is the parent's; here native code serves.
         self._request = None
-        self._before_end = _nothing
+        self._before_end = None
         self.lost = not self.closed and lib.uvm_region_check(self.handle) not in (0, -errno.ESTALE)
 
     def close_begin(self) -> None:
@@ -102,7 +98,8 @@ class UserfaultOps(Memory):
     def _end(self) -> None:
         self.closed = True
         try:
-            self._before_end()
+            if self._before_end is not None:
+                self._before_end()
         finally:
             rc = lib.uvm_region_close_end(self.handle)
             self._release()
@@ -144,10 +141,10 @@ class UserfaultOps(Memory):
             who = "a touch in a thread that could not be told failed: "
             self._raise(int(found.index), int(found.kind), int(found.err), who=who)
 
-    def _raise(self, index: int, kind: int, err: int, **words: str) -> NoReturn:
+    def _raise(self, index: int | None, kind: int, err: int, **words: str) -> NoReturn:
         raise failure.exception(kind, failure.details(self.name, index, kind, err, **words))
 
-    def _raise_errno(self, rc: int, what: str, index: int, *, cure: str = "") -> NoReturn:
+    def _raise_errno(self, rc: int, what: str, index: int | None, *, cure: str = "") -> NoReturn:
         """For calls that do the work of a fault: -errno tells what became of the source; where it tells
         nothing, `what` does."""
         self.check_open()  # -ESTALE of a closed region
@@ -161,7 +158,7 @@ class UserfaultOps(Memory):
         except UffdVmError:
             raise
         except OSError as error:
-            failed = int(getattr(error, "failed_index", None) or index)
+            failed: int | None = getattr(error, "failed_index", None)
             rc = -(error.errno or errno.EIO)
             if op == "flush":
                 self._raise_errno(rc, "write-back failed", failed, cure=_KEEP_CHANGES)
@@ -271,7 +268,7 @@ class UserfaultOps(Memory):
         if rc == -errno.EFAULT:  # in user mode only, a protected page
             lib.uvm_touch(self._address(index), nr_pages, 1)
         elif rc < 0:
-            self._raise_errno(rc, "what was pinned could not be marked dirty", index)
+            self._raise_errno(rc, "what was pinned could not be marked dirty", None)
 
     def evict(self, index: int, nr_pages: int) -> int:
         self._check_sticky()
@@ -295,7 +292,7 @@ class UserfaultOps(Memory):
         if self._request:
             self._ask("flush", index, nr_pages)
         elif (rc := lib.uvm_region_flush(self.handle, index, nr_pages)) < 0:
-            self._raise_errno(rc, "write-back failed", index, cure=_KEEP_CHANGES)
+            self._raise_errno(rc, "write-back failed", None, cure=_KEEP_CHANGES)
         self._check_home()
 
     def protect(self, index: int, nr_pages: int) -> int:
