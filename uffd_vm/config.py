@@ -92,14 +92,18 @@ def memory_limit() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `uv.map()` and `uv.anonymous()` use where the call does not say it."""
+    """What `uv.map()` and `uv.anonymous()` use where the call does not say it; checked there."""
 
     service: str = "auto"
+    """Who answers faults: "auto", "native", "python", "inline" or "kernel"."""
     fault_around_bytes: int = 64 << 10
+    """Read and mapped around a touched page; a power of two, one page: off."""
     readahead_bytes: int = 2 << 20
+    """Largest block read ahead of a sequential reader; 0: off."""
     deadline: float = 30.0
     """Seconds until a fault that its source cannot answer becomes an error."""
     on_error: str = "raise"
+    """What a failed page does: "raise" an exception in the touching thread, or leave it "sigbus"."""
     cap: int | str = "50%"
     """Most bytes of memory that one page cache may hold."""
 

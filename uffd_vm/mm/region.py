@@ -90,6 +90,7 @@ class Region:
 
     @property
     def nr_pages(self) -> int:
+        """Pages that it takes, the last of which may be filled in part."""
         return nr_pages(self.nbytes)
 
     @property
@@ -104,6 +105,7 @@ class Region:
 
     @property
     def closed(self) -> bool:
+        """Whether its memory is gone. False while a view keeps a forgotten region alive."""
         return self._mapping.closed
 
     @property
