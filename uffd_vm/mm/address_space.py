@@ -179,7 +179,7 @@ class AddressSpace:
         service             who answers faults. "native": threads of this library. "python": the
                             reference written in Python, in its own process. "inline": the touching thread.
                             "kernel": plain mmap. "auto": "kernel" for a plain local file, but "native"
-                            where the call gives what plain mmap cannot do:
+                            where the call gives what plain mmap cannot do (and "kernel" refuses):
                             deadline, on_error="raise", cap, trace, track
         offset, length      bytes of the file; offset page-aligned, length None: to its end
         fault_around_bytes  mapped around a touched page; a power of two, one page: off
@@ -230,11 +230,11 @@ class AddressSpace:
                 name=name or os.path.basename(path),
             )
             wishes = {
-                "cap": cap is not None,
-                "deadline": deadline is not None,
-                "on_error": on_error == "raise",
-                "trace": trace,
-                "track": track,
+                "cap=": cap is not None,
+                "deadline=": deadline is not None,
+                "on_error='raise'": on_error == "raise",
+                "trace=True": trace,
+                "track=True": track,
             }
             serving, reason = choose_service(settings.service, wishes, version.device)
             arguments = {

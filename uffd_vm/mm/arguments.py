@@ -226,14 +226,14 @@ def choose_service(asked: str, wishes: dict[str, bool], device: int) -> tuple[st
     if asked == "kernel":
         if need:
             raise InvalidArgument(
-                f"service='kernel' cannot do {need[0]}=: the kernel's own mmap reports nothing, limits "
+                f"service='kernel' cannot do {need[0]}: the kernel's own mmap reports nothing, limits "
                 "nothing, and fails a page by SIGBUS alone; use service='native'"
             )
         return "kernel", "asked for"
     if asked != "auto":
         return asked, "asked for"
     if need:
-        return "native", f"the kernel's own mmap cannot do {need[0]}="
+        return "native", f"the kernel's own mmap cannot do {need[0]}"
     filesystem = filesystem_of(device)
     if filesystem is not None and _REMOTE.match(filesystem):
         return (

@@ -22,7 +22,7 @@ def region_sizes(max_pages: int = 40) -> st.SearchStrategy[int]:
 
 
 def pattern(nbytes: int, seed: int = 0) -> bytes:
-    """Bytes that tell their place: page number and seed in each 8 bytes, never zero."""
+    """Bytes that tell their place: page number and seed in each 4 bytes, never zero."""
     words = (
         ((page * 0x9E3779B1 + seed * 0x85EBCA6B + 1) & 0xFFFFFF | 0x01000000).to_bytes(4, "little")
         for page in range(nr_pages(nbytes))
