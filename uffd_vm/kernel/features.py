@@ -389,14 +389,16 @@ def require_library(name: str, found: Probe | None = None) -> bool:
     raise FeatureUnavailable(f"{feature.name}: needs PAGEMAP_SCAN. Instead: {feature.refusal}")
 
 
-def configure_native(
-    *, nr_workers: int = 2, spin_ns: int = 50_000, user_mode_only: bool | None = None
-) -> Probe:
+_NR_WORKERS = 2  # that may wait for the disk at a time
+_SPIN_NS = 50_000  # docs/adr/0010: how long the fault thread looks for the next fault
+
+
+def configure_native() -> None:
     """Tells native code how userfaultfds are opened here, with which features. Once, before regions.
 
     Raises PermissionUnavailable or FeatureUnavailable with what to do.
     """
-    found = probe(user_mode_only=user_mode_only)
+    found = probe()
     way = require_open(found)
     require(Feature.MISSING_SHMEM | Feature.THREAD_ID, found)
     config = ffi.new(
@@ -407,9 +409,8 @@ def configure_native(
             | os.O_NONBLOCK
             | (USER_MODE_ONLY if way is Way.USER_MODE_ONLY else 0),
             "uffd_from_device": way is Way.DEVICE,
-            "nr_workers": nr_workers,
-            "spin_ns": spin_ns,
+            "nr_workers": _NR_WORKERS,
+            "spin_ns": _SPIN_NS,
         },
     )
     check(lib.uvm_configure(config), "uvm_configure")
-    return found

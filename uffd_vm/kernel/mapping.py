@@ -60,14 +60,13 @@ def scan(
     end: int,
     *,
     need: PageCategory = PageCategory(0),
-    any_of: PageCategory = PageCategory(0),
     tell: PageCategory = ALL_CATEGORIES,
     flags: ScanFlag = ScanFlag(0),
     batch: int = 512,
 ) -> Iterator[PageRange]:
     """Walks this process's page tables over [start, end) (page-aligned) by PAGEMAP_SCAN (Linux 6.7).
 
-    Yields the ranges whose pages are of all categories `need` and of one of `any_of`, with those of `tell`.
+    Yields the ranges whose pages are of all categories `need`, with those of `tell`.
     Neighbouring ranges of equal categories may come apart where one batch ended. Raises UffdError.
     """
     vec = ffi.new("struct uvm_pm_region[]", batch)
@@ -76,9 +75,7 @@ def scan(
     try:
         while start < end:
             nr = check(
-                lib.uvm_pagemap_scan(
-                    fd, start, end, flags, need, any_of, tell, 0, vec, batch, walk_end
-                ),
+                lib.uvm_pagemap_scan(fd, start, end, flags, need, 0, tell, 0, vec, batch, walk_end),
                 "PAGEMAP_SCAN",
                 start=start,
                 end=end,
