@@ -18,8 +18,10 @@ from uffd_vm.fault.fault import (
     describe,
 )
 from uffd_vm.fault.pte import (
+    EMPTY,
     LEGAL_FOLIO_TRANSITIONS,
     LEGAL_PTE_TRANSITIONS,
+    MAPPED,
     FolioState,
     PteState,
 )
@@ -129,6 +131,15 @@ def test_rows_count_no_amounts_and_leave_pgfault_to_the_epilogue() -> None:
 
 def test_counters_fit_a_word() -> None:
     assert max(Counter) < 64
+
+
+def test_which_states_have_a_page_mapped_and_which_have_nothing() -> None:
+    assert {p.name for p in MAPPED} == {
+        "ZERO", "ZERO_WP", "PRESENT", "WRITE_PROTECTED", "EVICTING",
+    }  # fmt: skip
+    assert {p.name for p in EMPTY} == {
+        "NONE", "NONE_WP", "CACHED", "SNAP_PARENT", "SNAP_FRAME", "SNAP_ZERO",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_a_marker_never_livelocks_a_fill() -> None:
         (0, 4096, ErrnoClass.OK),
         (errno.EAGAIN, 4096, ErrnoClass.PARTIAL),
         (errno.EAGAIN, -errno.EAGAIN, ErrnoClass.CHANGING),
+        (errno.EAGAIN, 1, ErrnoClass.PARTIAL),
         (errno.EAGAIN, DONE_UNTOUCHED, ErrnoClass.CHANGING),  # UFFDIO_WRITEPROTECT has no out field
         (errno.EAGAIN, 0, ErrnoClass.CHANGING),
         (errno.EINTR, 8192, ErrnoClass.PARTIAL),
