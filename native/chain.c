@@ -35,22 +35,34 @@ bool uvm_waits_long(int service)
 	return seen && sys_now_ns() - seen < gap_ns;
 }
 
+/* The i-th place where the thread's chain may be. */
+static struct chain *place_of(uint32_t tid, uint32_t i)
+{
+	return &chains[(tid * 2654435761u >> 16 ^ i) % NR_CHAINS];
+}
+
 static struct chain *chain_of(uint32_t tid)
 {
 	for (uint32_t i = 0; i < NR_LOOKS; i++) {
-		struct chain *c = &chains[(tid * 2654435761u >> 16 ^ i) % NR_CHAINS];
+		struct chain *c = place_of(tid, i);
 		if (atomic_load(&c->tid) == tid)
 			return c;
 	}
 	return NULL;
 }
 
+/* A worker may note the end of a fault when the next message has been read: last_ns > now. */
+static bool within_gap(const struct chain *c, uint64_t now)
+{
+	return (int64_t)(now - atomic_load(&c->last_ns)) < (int64_t)gap_ns;
+}
+
 static struct chain *chain_take(uint32_t tid, uint64_t now)
 {
 	for (uint32_t i = 0; i < NR_LOOKS; i++) {
-		struct chain *c = &chains[(tid * 2654435761u >> 16 ^ i) % NR_CHAINS];
+		struct chain *c = place_of(tid, i);
 		uint32_t holder = atomic_load(&c->tid);
-		if (holder && now - atomic_load(&c->last_ns) < gap_ns)
+		if (holder && within_gap(c, now))
 			continue;
 		if (!atomic_compare_exchange_strong(&c->tid, &holder, tid))
 			continue;
@@ -61,14 +73,19 @@ static struct chain *chain_take(uint32_t tid, uint64_t now)
 	return NULL;
 }
 
+static bool continues(const struct chain *c, const struct uvm_fault *f, uint64_t now)
+{
+	return atomic_load(&c->address) == f->address && atomic_load(&c->kind) == f->kind &&
+	       within_gap(c, now);
+}
+
 void uvm_chain_continue(struct uvm_fault *f)
 {
 	f->first_ns = f->t_ns;
 	if (!atomic_load_explicit(&nr_chains, memory_order_relaxed))
 		return;
 	struct chain *c = chain_of(f->tid);
-	if (!c || atomic_load(&c->address) != f->address || atomic_load(&c->kind) != f->kind ||
-	    f->t_ns - atomic_load(&c->last_ns) > gap_ns)
+	if (!c || !continues(c, f, f->t_ns))
 		return;
 	f->first_ns = atomic_load(&c->first_ns);
 	f->refault = true;
@@ -86,13 +103,16 @@ void uvm_chain_note(const struct uvm_fault *f, bool brought)
 			atomic_fetch_sub(&nr_chains, 1);
 		return;
 	}
-	uint64_t now = sys_now_ns();
+	uint64_t now = sys_now_ns(), first_ns = f->first_ns;
+	/* What was woken early (by another's commit) may have faulted again before this was noted. */
+	if (c && continues(c, f, now) && atomic_load(&c->first_ns) < first_ns)
+		first_ns = atomic_load(&c->first_ns);
 	if (!c)
 		c = chain_take(f->tid, now);
 	if (!c)
 		return;
 	atomic_store(&c->address, f->address);
 	atomic_store(&c->kind, f->kind);
-	atomic_store(&c->first_ns, f->first_ns);
+	atomic_store(&c->first_ns, first_ns);
 	atomic_store(&c->last_ns, now);
 }
