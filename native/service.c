@@ -107,6 +107,14 @@ void uvm_poke_fault_thread(void)
 		(void)!write(event_fd, &one, sizeof one);
 }
 
+/* While the main thread waits long: Ctrl-C is looked for. Whether it is. */
+static bool watch_interrupts(int service)
+{
+	bool on = uvm_waits_long(service);
+	uvm_interrupt_watch(service, on);
+	return on;
+}
+
 /* Starts every parked fault again from the top. */
 static void run_parked(struct uvm_executor *x)
 {
@@ -125,6 +133,7 @@ static void run_parked(struct uvm_executor *x)
 	pthread_mutex_unlock(&parked_lock);
 	for (int i = 0; i < mine; i++)
 		uvm_long_wait(&again[i]);
+	watch_interrupts(UVM_SERVICE_NATIVE);
 	for (int i = 0; i < mine; i++)
 		uvm_handle_mm_fault(x, &again[i]);
 }
@@ -343,8 +352,8 @@ static void serve_message(struct uvm_executor *x, const struct uffd_msg *m, uint
 		.service = UVM_SERVICE_NATIVE,
 	};
 	uvm_chain_continue(&f);
-	if (f.refault && uvm_waits_long(UVM_SERVICE_NATIVE))
-		uvm_interrupt_watch(UVM_SERVICE_NATIVE, true);
+	if (f.refault)
+		watch_interrupts(UVM_SERVICE_NATIVE);
 	uvm_handle_mm_fault(x, &f);
 	follow(fo, f.tid);
 }
@@ -396,8 +405,7 @@ static void *fault_main(void *arg)
 			wait_for_work(uffd, atomic_load(&nr_parked) > 0 || watching);
 			if (atomic_load(&nr_parked))
 				run_parked(x);
-			watching = uvm_waits_long(UVM_SERVICE_NATIVE);
-			uvm_interrupt_watch(UVM_SERVICE_NATIVE, watching);
+			watching = watch_interrupts(UVM_SERVICE_NATIVE);
 			next_tick = 0;
 			continue;
 		}
@@ -428,7 +436,7 @@ static void *inline_events_main(void *arg)
 		ppoll(fds, 1, &(struct timespec){0, 200000000}, NULL);
 		while (read(uffd, &m, sizeof m) > 0)
 			;
-		uvm_interrupt_watch(UVM_SERVICE_INLINE, uvm_waits_long(UVM_SERVICE_INLINE));
+		watch_interrupts(UVM_SERVICE_INLINE);
 	}
 	uvm_interrupt_watch(UVM_SERVICE_INLINE, false);
 	return NULL;
