@@ -267,9 +267,8 @@ static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t m
 	c->shared->ctl.size = size;
 	c->shared->ctl.mtime_ns = mtime_ns;
 	rc = slot_attach(c);
-	if (rc < 0) {
+	if (rc < 0)
 		sys_munmap((uint64_t)(uintptr_t)c->shared, c->shared_bytes);
-	}
 	return rc;
 }
 
@@ -457,14 +456,8 @@ void uvm_cache_child_own(struct uvm_cache *c)
 			    ctl->cap_pages << UVM_PAGE_SHIFT, parents.writable);
 	if (rc < 0) {
 		close_fds(c);
-		c->file_fd = parents.file_fd;
-		c->data_fd = parents.data_fd;
-		c->ctl_fd = parents.ctl_fd;
-		c->shared = parents.shared;
-		c->folios = parents.folios;
-		c->fifo = parents.fifo;
-		c->pins = parents.pins;
-		c->shared_bytes = parents.shared_bytes;
+		*c = parents; /* for their end, save what was not inherited */
+		memset(c->alias, 0, sizeof c->alias);
 	} else {
 		sys_munmap((uint64_t)(uintptr_t)parents.shared, parents.shared_bytes);
 		close_fds(&parents);
@@ -489,10 +482,15 @@ uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)
 
 /* ---- reading -------------------------------------------------------------------------------------------- */
 /* What these guard is consistent after every single store, so a dead holder leaves nothing to mend. */
-static void shared_lock(pthread_mutex_t *lock)
+static void fifo_lock(struct uvm_cache *c)
 {
-	if (pthread_mutex_lock(lock) == EOWNERDEAD)
-		pthread_mutex_consistent(lock);
+	if (pthread_mutex_lock(&c->shared->fifo_lock) == EOWNERDEAD)
+		pthread_mutex_consistent(&c->shared->fifo_lock);
+}
+
+static void fifo_unlock(struct uvm_cache *c)
+{
+	pthread_mutex_unlock(&c->shared->fifo_lock);
 }
 
 static int64_t mtime_ns(const struct stat *st)
@@ -630,7 +628,7 @@ int uvm_cache_pin(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 	uint64_t sum = nr_pages, at = UVM_CACHE_PINS;
 	if (c->child_rc < 0) /* the slot that we know is our parent's */
 		return c->child_rc;
-	shared_lock(&c->shared->fifo_lock);
+	fifo_lock(c);
 	for (uint64_t i = 0; i < UVM_CACHE_PINS; i++) {
 		if (pin_lives(c, &c->pins[i])) {
 			sum += atomic_load(&c->pins[i].nr_pages);
@@ -653,26 +651,21 @@ int uvm_cache_pin(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 		if (at >= ctl->nr_pins)
 			__atomic_store_n(&ctl->nr_pins, at + 1, __ATOMIC_SEQ_CST);
 	}
-	pthread_mutex_unlock(&c->shared->fifo_lock);
+	fifo_unlock(c);
 	return rc;
 }
 
 void uvm_cache_unpin(struct uvm_cache *c, int pin)
 {
-	shared_lock(&c->shared->fifo_lock);
+	fifo_lock(c);
 	/* A forked child that leaves its parent's `with` ends nothing. */
 	if (c->child_rc == 0 && pin >= 0 && pin < UVM_CACHE_PINS &&
 	    atomic_load(&c->pins[pin].owner) == c->owner)
 		atomic_store(&c->pins[pin].nr_pages, 0);
-	pthread_mutex_unlock(&c->shared->fifo_lock);
+	fifo_unlock(c);
 }
 
 /* ---- the cap ---------------------------------------------------------------------------------------------- */
-static void fifo_lock(struct uvm_cache *c)
-{
-	shared_lock(&c->shared->fifo_lock);
-}
-
 static bool fifo_pop(struct uvm_cache *c, struct uvm_extent *e)
 {
 	struct uvm_cache_shared *s = c->shared;
@@ -682,7 +675,7 @@ static bool fifo_pop(struct uvm_cache *c, struct uvm_extent *e)
 		*e = c->fifo[s->fifo_head % s->fifo_size];
 		s->fifo_head++;
 	}
-	pthread_mutex_unlock(&s->fifo_lock);
+	fifo_unlock(c);
 	return some;
 }
 
@@ -695,7 +688,7 @@ static bool fifo_push(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 		c->fifo[s->fifo_tail % s->fifo_size] = (struct uvm_extent){index, nr_pages};
 		s->fifo_tail++;
 	}
-	pthread_mutex_unlock(&s->fifo_lock);
+	fifo_unlock(c);
 	return room;
 }
 
@@ -739,7 +732,7 @@ static void fifo_rebuild(struct uvm_cache *c)
 			s->fifo_tail++;
 		}
 	}
-	pthread_mutex_unlock(&s->fifo_lock);
+	fifo_unlock(c);
 }
 
 /* Every page in the cache is in the queue, so none is forgotten. Entries of pages that were evicted out of
@@ -812,7 +805,7 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 	uint64_t got = 0, left;
 	fifo_lock(c);
 	left = c->shared->fifo_tail - c->shared->fifo_head; /* each extent once */
-	pthread_mutex_unlock(&c->shared->fifo_lock);
+	fifo_unlock(c);
 	if (!may_write_back && left > LOOK_AT_MOST) /* dirty ones may be all there is */
 		left = LOOK_AT_MOST;
 	while (got < nr_pages && left-- > 0 && fifo_pop(c, &e)) {
