@@ -39,8 +39,8 @@
 
 enum {
 	MAX_PLACEHOLDERS = 4096, /* each may split a mapping in three; the oldest makes room */
-	MAX_TOLD =
-		512, /* threads with a failure that they have not taken yet; the oldest makes room */
+	/* threads with a failure that they have not taken yet; the oldest makes room */
+	MAX_TOLD = 512,
 	MAX_OWNERS = 6,
 	MAX_POISONED = 4096,
 	MAX_RAISES = 64,
@@ -68,17 +68,6 @@ enum {
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
-
-/* --- kernel entry ------------------------------------------------------------------------------- */
-static uint32_t sys_gettid(void)
-{
-	return (uint32_t)syscall(SYS_gettid);
-}
-
-static int sys_tgkill(uint32_t tid, int sig)
-{
-	return uvm_rc(syscall(SYS_tgkill, getpid(), (pid_t)tid, sig));
-}
 
 /* --- state -------------------------------------------------------------------------------------- */
 enum placeholder_state { PH_FREE, PH_COVERED, PH_REMOVING };
@@ -111,8 +100,8 @@ struct told {
 	bool alone;   /* Python has no other thread */
 	uint64_t run; /* pages that the next placeholder covers */
 	uint32_t steps, nr_open;
-	uint32_t
-		nr_traps; /* trap flags set, in this context and in those that a handler interrupted */
+	/* Trap flags set, in this context and in those that a handler interrupted. */
+	uint32_t nr_traps;
 	struct {
 		uint32_t serial;
 		uint16_t ph;

@@ -31,21 +31,13 @@ struct vm_fault {
 	bool found; /* a page was there already: the fault itself brought none */
 	int err;
 	int settlement;
-	bool slept; /* a wait for a file: TRIED */
 };
 
 /* ---- the walk ---------------------------------------------------------------------------------------- */
-/* Whether the region keeps its content in private pages (tracked copies) or in the cache's folios. */
-static bool fills_private(const struct uvm_region *r)
-{
-	return r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED;
-}
-
 /* A folio that a dead process left busy, if the page's state is a folio's: taken over, look again. */
 static bool take_over_dead(struct uvm_region *r, uint64_t index)
 {
-	return r->cache && !fills_private(r) &&
-	       uvm_cache_take_over_dead(r->cache, r->pgoff + index);
+	return uvm_region_in_cache(r) && uvm_cache_take_over_dead(r->cache, r->pgoff + index);
 }
 
 /* The page-table entry joined with the folio, as this kind of fault proves it: the kernel's truth wins.
@@ -55,7 +47,7 @@ unsigned uvm_walk(struct uvm_region *r, uint64_t index, int kind, unsigned *flag
 {
 	unsigned pte = atomic_load_explicit(&r->ptes[index], memory_order_acquire);
 
-	if (!r->cache || fills_private(r))
+	if (!uvm_region_in_cache(r))
 		return pte;
 	if (pte == UVM_PTE_POISONED || pte == UVM_PTE_GUARD || pte == UVM_PTE_BUSY)
 		return pte;
@@ -424,7 +416,7 @@ struct window {
 
 static bool page_take(struct uvm_region *r, uint64_t index)
 {
-	if (!fills_private(r))
+	if (uvm_region_in_cache(r))
 		return atomic_load(&r->ptes[index]) != UVM_PTE_POISONED &&
 		       uvm_folio_move(r->cache, r->pgoff + index, UVM_FOLIO_ABSENT,
 				      UVM_FOLIO_FILLING);
@@ -506,7 +498,7 @@ static uint64_t finish_run(const struct uvm_commit *a, uint64_t index, uint64_t 
 			   unsigned next_pte, bool dirty, struct uvm_commit_end *end)
 {
 	struct uvm_region *r = a->region;
-	bool private = fills_private(r);
+	bool private = !uvm_region_in_cache(r);
 	uint64_t i = index, stop = index + nr_pages, done = 0;
 	/* COPY wakes before we publish: what the woken thread does next finds FILLING, and joins. */
 	while (i < stop) {
@@ -620,7 +612,7 @@ static int64_t fill_window(struct uvm_executor *x, const struct uvm_fault *f,
 	struct uvm_region *r = *region;
 	struct uvm_cache *c = r->cache;
 	uint64_t pgoff = r->pgoff;
-	bool private = fills_private(r);
+	bool private = !uvm_region_in_cache(r);
 	int64_t handle = uvm_region_handle(r);
 	int uffd = uvm_service_uffd(r->service);
 

@@ -97,7 +97,7 @@ static void child_cache(struct uvm_region *r, void *arg)
 		if (seen[i] == r->cache)
 			return;
 	seen[nr_seen++] = r->cache;
-	if (uvm_region_python_cached(r))
+	if (r->service == UVM_SERVICE_PYTHON && uvm_region_in_cache(r))
 		uvm_cache_child_own(r->cache);
 	else
 		uvm_cache_child_attach(r->cache);

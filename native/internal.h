@@ -20,8 +20,8 @@ enum {
 	UVM_MAX_REGIONS = 65536,
 	UVM_MAX_CACHES = 65536,
 	UVM_CACHE_SLOT_BITS = 12, /* of the owner in a folio word; 12 bits more are its epoch */
-	UVM_CACHE_SLOTS = 1
-		<< UVM_CACHE_SLOT_BITS, /* processes that may fill one cache at a time */
+	/* processes that may fill one cache at a time */
+	UVM_CACHE_SLOTS = 1 << UVM_CACHE_SLOT_BITS,
 	UVM_CACHE_EPOCHS = 1 << 12,
 	UVM_CACHE_PINS = 1024, /* of one cache at a time */
 	UVM_MAX_PARKED = 4096,
@@ -88,8 +88,8 @@ struct uvm_cache_shared {
 	struct uvm_cache_ctl ctl;
 	pthread_mutex_t fifo_lock;                /* process-shared, robust */
 	uint64_t fifo_head, fifo_tail, fifo_size; /* extents */
-	uint64_t recent[UVM_RECENT],
-		nr_recent;         /* folios of the last fills: reclaim passes over them */
+	/* Folios of the last fills: reclaim passes over them. */
+	uint64_t recent[UVM_RECENT], nr_recent;
 	pthread_mutex_t wb_lock;   /* as fifo_lock: one write-back of this cache at a time */
 	int wb_writing;            /* under wb_lock: the file is being written, mtime is moving */
 	_Atomic uint32_t nr_slots; /* high-water mark: those behind it were never taken */
@@ -204,17 +204,16 @@ struct uvm_region {
 	_Atomic uint8_t *ptes;
 	size_t ctl_bytes;
 	int ctl_fd; /* -1: private memory */
-	_Atomic uint8_t
-		*touched; /* one byte per UVM_PAGE of ptes: something was ever set there; NULL
-				   * where the memfd knows */
+	/* One byte per UVM_PAGE of ptes: something was ever set there. NULL where the memfd knows. */
+	_Atomic uint8_t *touched;
 
 	/* Read-ahead, as struct file_ra_state; racy updates only cost speed. */
 	_Atomic uint64_t ra_prev; /* the last fault that was answered from the file */
-	_Atomic uint64_t ra_start,
-		ra_end;            /* of what it brought and what was asked for ahead of it */
+	/* Of what it brought and what was asked for ahead of it. */
+	_Atomic uint64_t ra_start, ra_end;
 	_Atomic uint32_t ra_block; /* pages at a time */
 
-	struct uvm_failure sticky; /* region != 0: nobody could be told; under failures.mutex */
+	struct uvm_failure sticky; /* region != 0: nobody could be told. Under failures.mutex */
 };
 
 static inline int64_t uvm_region_handle(const struct uvm_region *r)
@@ -241,11 +240,11 @@ void uvm_region_child_map(struct uvm_region *r);
 int uvm_region_child(struct uvm_region *r);
 int uvm_region_child_to_native(struct uvm_region *r);
 void uvm_region_say_lost(const struct uvm_region *r); /* on stderr; also in a signal handler */
-/* Its faults are the Python service's, which has filled a page cache of its own for it. */
-static inline bool uvm_region_python_cached(const struct uvm_region *r)
+/* Its content is in folios of the cache. Else in private pages: anonymous memory, and tracked copies, which
+ * are filled by UFFDIO_COPY, since a page of the cache cannot be armed in one mapping alone. */
+static inline bool uvm_region_in_cache(const struct uvm_region *r)
 {
-	return r->service == UVM_SERVICE_PYTHON && r->cache &&
-	       !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED);
+	return r->cache && !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED);
 }
 /* A file that the parent's Python service writes back: no other process may write to its pages. */
 enum { UVM_LOST_TO_SERVICE = -EREMOTE };

@@ -8,6 +8,8 @@
 
 #include <stdlib.h>
 
+enum { PAGEMAP_ENTRIES = 512 }; /* read at a time */
+
 struct span {
 	_Atomic uint64_t start, end;
 	_Atomic uint32_t slot;
@@ -193,15 +195,13 @@ uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index)
 	return index < r->nr_pages ? index : r->nr_pages;
 }
 
-int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
+static int pagemap_read(struct uvm_region *r, uint64_t index, uint64_t *entries, uint64_t nr_pages)
 {
-	uint64_t entry, address = uvm_region_addr(r, index);
-	unsigned shadow = atomic_load(&r->ptes[index]);
 	int fd = __atomic_load_n(&uvm_space.pagemap_fd, __ATOMIC_ACQUIRE);
 	if (fd < 0) {
-		fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+		fd = sys_pagemap_open();
 		if (fd < 0)
-			return -errno;
+			return fd;
 		int expected = -1;
 		if (!__atomic_compare_exchange_n(&uvm_space.pagemap_fd, &expected, fd, false,
 						 __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
@@ -209,10 +209,18 @@ int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
 			fd = expected;
 		}
 	}
-	if (pread(fd, &entry, sizeof entry, (off_t)(address >> UVM_PAGE_SHIFT) * 8) != sizeof entry)
-		return -EIO;
-	bool present = entry >> 63 & 1, swapped = entry >> 62 & 1, wp = entry >> 57 & 1;
-	if (present)
+	return sys_pagemap_read(fd, uvm_region_addr(r, index), entries, nr_pages);
+}
+
+int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
+{
+	uint64_t entry;
+	unsigned shadow = atomic_load(&r->ptes[index]);
+	int rc = pagemap_read(r, index, &entry, 1);
+	if (rc < 0)
+		return rc;
+	bool swapped = entry & UVM_PM_SWAP, wp = entry & UVM_PM_UFFD_WP;
+	if (entry & UVM_PM_PRESENT)
 		return wp ? UVM_TRUTH_PRESENT_WP : UVM_TRUTH_PRESENT;
 	if (!swapped)
 		return wp ? UVM_TRUTH_MARKER : UVM_TRUTH_ABSENT;
@@ -434,7 +442,7 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	rc = uvm_service_start(r->service);
 	if (rc < 0)
 		goto unmap;
-	if (r->backing == UVM_BACKING_PRIVATE_FILE && !(r->flags & UVM_FLAG_TRACKED) &&
+	if (r->backing == UVM_BACKING_PRIVATE_FILE && uvm_region_in_cache(r) &&
 	    r->service != UVM_SERVICE_PYTHON) {
 		rc = uvm_cache_alias(c, r->service);
 		if (rc < 0)
@@ -571,29 +579,22 @@ static int ctl_child_copy(struct uvm_region *r)
  * copy of the two differs, the memory is right. What the table does not know counts as written. */
 static int believe_pagemap(struct uvm_region *r)
 {
-	enum { PER_READ = 512 };
-	uint64_t entries[PER_READ];
-	int rc = 0, fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -errno;
+	uint64_t entries[PAGEMAP_ENTRIES];
+	int rc = 0;
 	for (uint64_t at = uvm_next_touched(r, 0); at < r->nr_pages && rc == 0;
-	     at = uvm_next_touched(r, at + PER_READ)) {
-		uint64_t n = r->nr_pages - at < PER_READ ? r->nr_pages - at : PER_READ;
-		uint64_t vpn = uvm_region_addr(r, at) >> UVM_PAGE_SHIFT;
-		int64_t got = sys_pread(fd, entries, n * sizeof *entries,
-					(int64_t)(vpn * sizeof *entries));
-		if (got != (int64_t)(n * sizeof *entries))
-			rc = got < 0 ? (int)got : -EIO;
+	     at = uvm_next_touched(r, at + PAGEMAP_ENTRIES)) {
+		uint64_t left = r->nr_pages - at;
+		uint64_t n = left < PAGEMAP_ENTRIES ? left : PAGEMAP_ENTRIES;
+		rc = pagemap_read(r, at, entries, n);
 		for (uint64_t i = 0; i < n && rc == 0; i++) {
 			unsigned pte = atomic_load(&r->ptes[at + i]);
-			bool here = entries[i] >> 62; /* present, or swapped out */
+			bool here = entries[i] & (UVM_PM_PRESENT | UVM_PM_SWAP);
 			if (pte_present(pte) && !here)
 				uvm_set_pte(r, at + i, UVM_PTE_NONE);
 			else if (here && (pte == UVM_PTE_NONE || pte == UVM_PTE_BUSY))
 				uvm_set_pte(r, at + i, UVM_PTE_PRESENT);
 		}
 	}
-	close(fd);
 	return rc;
 }
 
@@ -653,21 +654,15 @@ int uvm_region_child_to_native(struct uvm_region *r)
  * cache's, which the child does not use. */
 static int copy_private_pages(struct uvm_region *r, uint64_t temp)
 {
-	enum { PER_READ = 512 };
-	const uint64_t present = 1ull << 63, swapped = 1ull << 62, of_file = 1ull << 61;
-	uint64_t entries[PER_READ];
-	int rc = 0, fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -errno;
-	for (uint64_t at = 0; at < r->nr_pages && rc == 0; at += PER_READ) {
-		uint64_t n = r->nr_pages - at < PER_READ ? r->nr_pages - at : PER_READ;
-		int64_t got = sys_pread(fd, entries, n * sizeof *entries,
-					(int64_t)((r->start >> UVM_PAGE_SHIFT) + at) *
-						(int64_t)sizeof *entries);
-		if (got != (int64_t)(n * sizeof *entries))
-			rc = got < 0 ? (int)got : -EIO;
+	uint64_t entries[PAGEMAP_ENTRIES];
+	int rc = 0;
+	for (uint64_t at = 0; at < r->nr_pages && rc == 0; at += PAGEMAP_ENTRIES) {
+		uint64_t left = r->nr_pages - at;
+		uint64_t n = left < PAGEMAP_ENTRIES ? left : PAGEMAP_ENTRIES;
+		rc = pagemap_read(r, at, entries, n);
 		for (uint64_t i = 0; i < n && rc == 0; i++) {
-			if (!(entries[i] & (present | swapped)) || entries[i] & of_file)
+			if (!(entries[i] & (UVM_PM_PRESENT | UVM_PM_SWAP)) ||
+			    entries[i] & UVM_PM_FILE)
 				continue;
 			/* Looks like a page that is swapped out. */
 			if (atomic_load(&r->ptes[at + i]) == UVM_PTE_POISONED)
@@ -681,7 +676,6 @@ static int copy_private_pages(struct uvm_region *r, uint64_t temp)
 				uvm_set_pte(r, at + i, UVM_PTE_PRESENT);
 		}
 	}
-	close(fd);
 	return rc;
 }
 
@@ -728,11 +722,12 @@ static int map_own_cache(struct uvm_region *r)
 int uvm_region_child(struct uvm_region *r)
 {
 	int rc = r->child_rc;
-	bool shared = r->backing == UVM_BACKING_SHARED_FILE, own = uvm_region_python_cached(r);
+	bool shared = r->backing == UVM_BACKING_SHARED_FILE;
+	bool served_by_python = r->service == UVM_SERVICE_PYTHON;
+	bool own = served_by_python && uvm_region_in_cache(r); /* its service's was the parent's */
 
 	if (rc < 0)
 		return rc;
-	bool served_by_python = r->service == UVM_SERVICE_PYTHON;
 	if (served_by_python)
 		rc = uvm_region_child_to_native(r);
 	if (rc == 0 && own)
@@ -868,7 +863,7 @@ int uvm_region_unpoison(int64_t handle, uint64_t index, uint64_t nr_pages)
 
 void uvm_touch(uint64_t start, uint64_t nr_pages, int write)
 {
-	uint32_t tid = (uint32_t)syscall(SYS_gettid);
+	uint32_t tid = sys_gettid();
 
 	for (uint64_t i = 0; i < nr_pages; i++) {
 		_Atomic uint8_t *byte = (void *)(uintptr_t)(start + (i << UVM_PAGE_SHIFT));
@@ -1055,8 +1050,7 @@ int uvm_region_walk(int64_t handle, uint64_t index, uint64_t nr_pages, uint8_t *
 	int rc = range_check(r, index, nr_pages);
 	if (rc == 0) {
 		memset(states, UVM_PTE_NONE, nr_pages);
-		if (r->cache &&
-		    !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED))
+		if (uvm_region_in_cache(r))
 			walk_folios(r, index, index + nr_pages, states);
 		else
 			walk_entries(r, index, index + nr_pages, states);
@@ -1071,7 +1065,7 @@ int64_t uvm_region_resident(int64_t handle)
 	if (!r)
 		return -ESTALE;
 	int64_t n = (int64_t)__atomic_load_n(&r->ctl->nr_present, __ATOMIC_RELAXED);
-	if (r->cache && !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED)) {
+	if (uvm_region_in_cache(r)) {
 		n = 0;
 		for (uint64_t i = uvm_cache_next_touched(r->cache, r->pgoff);
 		     i < r->pgoff + r->nr_pages; i++) {

@@ -497,7 +497,7 @@ int uvm_inline_fault(uint64_t address, bool write)
 	struct uvm_fault f = {
 		.address = address & ~(uint64_t)(UVM_PAGE - 1),
 		.t_ns = sys_now_ns(),
-		.tid = (uint32_t)syscall(SYS_gettid),
+		.tid = sys_gettid(),
 		.kind = (uint8_t)kind,
 		.access = write,
 		.service = UVM_SERVICE_INLINE,

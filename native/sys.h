@@ -214,6 +214,20 @@ static inline int64_t sys_pwrite(int fd, const void *buf, size_t len, int64_t of
 	return n < 0 ? -errno : n;
 }
 
+static inline int sys_pagemap_open(void)
+{
+	return uvm_rc(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+}
+
+/* The entries (UVM_PM_*) of nr_pages pages from address on: all of them, or -errno. */
+static inline int sys_pagemap_read(int fd, uint64_t address, uint64_t *entries, uint64_t nr_pages)
+{
+	size_t len = nr_pages * sizeof *entries;
+	off_t off = (off_t)(address / (uint64_t)getpagesize() * sizeof *entries);
+	ssize_t n = pread(fd, entries, len, off);
+	return n < 0 ? -errno : (size_t)n == len ? 0 : -EIO;
+}
+
 static inline int sys_fsync(int fd)
 {
 	UVM_SYS_INJECT(UVM_OP_FSYNC);
@@ -282,6 +296,16 @@ static inline int sys_futex_wait(_Atomic uint32_t *word, uint32_t expected,
 static inline int sys_futex_wake(_Atomic uint32_t *word, int count)
 {
 	return uvm_rc(syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0));
+}
+
+static inline int sys_tgkill(uint32_t tid, int sig)
+{
+	return uvm_rc(syscall(SYS_tgkill, getpid(), (pid_t)tid, sig));
+}
+
+static inline uint32_t sys_gettid(void)
+{
+	return (uint32_t)syscall(SYS_gettid);
 }
 
 static inline uint64_t sys_now_ns(void)

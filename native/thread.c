@@ -27,11 +27,6 @@ struct thread {
 };
 static struct thread threads[MAX_THREADS];
 
-static uint32_t sys_gettid(void)
-{
-	return (uint32_t)syscall(SYS_gettid);
-}
-
 static void thread_release(void *arg)
 {
 	struct thread *t = arg;

@@ -46,6 +46,12 @@ struct uvm_pm_scan_arg {
 _Static_assert(sizeof(struct uvm_pm_scan_arg) == 96, "struct pm_scan_arg");
 _Static_assert(UVM_PAGEMAP_SCAN == 0xc0606610u, "PAGEMAP_SCAN");
 
+/* fs/proc/task_mmu.c: an entry of /proc/self/pagemap */
+#define UVM_PM_UFFD_WP (1ull << 57)
+#define UVM_PM_FILE (1ull << 61)
+#define UVM_PM_SWAP (1ull << 62)
+#define UVM_PM_PRESENT (1ull << 63)
+
 /* <asm-generic/mman-common.h>, 6.13 */
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
