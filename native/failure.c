@@ -17,13 +17,14 @@
  * - The SIGBUS handler is entered by a touch of lazy memory, and nothing here (nor in any file of this
  *   library, nor in CPython) touches lazy memory with a lock held: so it may take them.
  * - One address space shows a page to all of its threads, and CPython hands the GIL on before it raises: the
- *   next thread would read the placeholder and be told nothing. So a placeholder is PROT_NONE, and open
- *   only while the thread that was told runs one instruction (the trap flag, then SIGTRAP closes it);
- *   whoever else touches it gets SIGSEGV, and is told as well. Not so where Python has no other thread: it
- *   stays open. Costs 5 us an instruction; after MAX_STEPS it stays open, and the region is sticky-failed,
- *   because another thread may then have read it. XXX So from the start on machines without a
- *   trap flag for user code (aarch64). XXX Another CPU may read in the microsecond of the one instruction;
- *   threads that waited for the same page have GRACE_NS to run into its poison themselves.
+ *   next thread would read the placeholder and be told nothing. So a placeholder is PROT_NONE, and the
+ *   thread that was told has each instruction sent elsewhere (step.c); whoever else touches it gets SIGSEGV,
+ *   and is told as well. What step.c refuses (a gather) it is opened for: the trap flag, then SIGTRAP
+ *   closes it. XXX Another CPU may read in that microsecond. Not so where Python has no other thread:
+ *   it stays open. A step costs some us; after MAX_STEPS it stays open, and the region is
+ *   sticky-failed, because another thread may then have read it. XXX So from the start on machines
+ *   without a trap flag for user code (aarch64). Threads that waited for the same page have GRACE_NS to run
+ *   into its poison themselves.
  *
  * Lock order: space.mutex > failures.mutex > ptl. */
 #ifndef UVM_NO_PYTHON
@@ -47,14 +48,15 @@ enum {
 	MAX_LOOKS = 64, /* power of two */
 	LOOKS_IN_VAIN = 2000,
 	WAIT_NS = 50000,
-	MAX_OPEN = 16,     /* pages that one instruction may touch (a gather) */
-	MAX_STEPS = 20000, /* instructions of one thread until a placeholder stays open */
+	MAX_OPEN = 16,       /* pages that one instruction may touch (a gather) */
+	MAX_STEPS = 1 << 16, /* instructions of one thread until a placeholder stays open */
 };
 
 #define UVM_POISON_TTL_NS 50000000ull
 #define GRACE_NS 1000000l
 #define PLACEHOLDER_TTL_NS 250000000ull /* of a thread that no exception can reach */
 #define TAKEN_AFTER_NS 2000000000ull    /* then look whether an exception was swallowed */
+#define LOOKS_GAP_NS 1000000000ull
 #define RAISE_TIMEOUT_S 60
 #define INTERRUPT_TTL_NS 1000000000ull
 
@@ -79,7 +81,7 @@ struct placeholder {
 	uint64_t removal; /* PH_REMOVING: which one, of all removals */
 	uint64_t address;
 	uint32_t serial;  /* a slot is used again */
-	uint16_t nr_open; /* threads that run an instruction on it */
+	uint16_t nr_open; /* threads that run an instruction on it, which step.c refused */
 	bool left_open;
 	uint32_t nr_pages;
 	uint8_t state, nr_owners;
@@ -100,6 +102,8 @@ struct told {
 	bool alone;   /* Python has no other thread */
 	uint64_t run; /* pages that the next placeholder covers */
 	uint32_t steps, nr_open;
+	bool stepping; /* in step_over() */
+	struct uvm_shift shift;
 	/* Trap flags set, in this context and in those that a handler interrupted. */
 	uint32_t nr_traps;
 	struct {
@@ -129,7 +133,6 @@ static struct {
 } failures = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
 static _Atomic int nr_placeholders;
-static _Atomic int nr_stepping; /* threads that have a placeholder open */
 
 /* One native thread: signals blocked, sleeps on `kick`. */
 struct helper {
@@ -185,8 +188,9 @@ void uvm_failure_record(struct uvm_region *r, uint64_t index, int kind, int err)
 {
 	lock();
 	struct uvm_failure *known = record_find(uvm_region_handle(r), index);
-	/* A late message of a page that is poisoned already says no reason: the first one stays. */
-	if (!known || atomic_load(&r->ptes[index]) != UVM_PTE_POISONED) {
+	/* A late message of a page that is poisoned already says no reason: the first one stays, if it is one. */
+	if (!known || known->kind == UVM_FAILURE_INTERRUPT ||
+	    atomic_load(&r->ptes[index]) != UVM_PTE_POISONED) {
 		failures.records[failures.nr_records++ % MAX_POISONED] = (struct uvm_failure){
 			.region = uvm_region_handle(r),
 			.index = index,
@@ -587,7 +591,7 @@ told_disown(struct told *t) /* locked: its placeholders are nobody's, or somebod
 
 static bool told_in_step(const struct told *t)
 {
-	return t->nr_open || t->nr_traps;
+	return t->stepping || t->nr_open || t->nr_traps;
 }
 
 /* The slot of this thread; what an earlier failure of it left behind is let go of. When all are in use the
@@ -1094,17 +1098,20 @@ static void chain(struct chained *c, siginfo_t *info, void *context)
 }
 
 /* A SIGBUS whose page is not poisoned any more: touch it again. Not for ever: real memory errors come
- * this way too. */
+ * this way too, one right after the other. */
 static bool look_again(uint32_t tid, uint64_t address)
 {
 	static struct {
-		_Atomic uint64_t address;
+		_Atomic uint64_t address, t_ns;
 		_Atomic uint32_t count;
 	} looks[MAX_LOOKS];
 	unsigned i = tid & (MAX_LOOKS - 1);
+	uint64_t now = sys_now_ns();
 
-	if (atomic_exchange(&looks[i].address, address) != address)
+	if (atomic_exchange(&looks[i].address, address) != address ||
+	    now - atomic_load(&looks[i].t_ns) > LOOKS_GAP_NS)
 		atomic_store(&looks[i].count, 0);
+	atomic_store(&looks[i].t_ns, now);
 	if (atomic_fetch_add(&looks[i].count, 1) >= LOOKS_IN_VAIN)
 		return false;
 	sched_yield();
@@ -1138,7 +1145,7 @@ static struct placeholder *ph_oldest(void)
 
 /* Under the locks: the page has a placeholder, and the thread is one of its owners. */
 static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struct uvm_failure *f,
-			       uint32_t tid, bool poison_first, struct placeholder **ret)
+			       uint32_t tid, bool poison_first)
 {
 	uint64_t address = uvm_region_addr(r, index);
 	struct placeholder *ph = ph_find(f->region, index);
@@ -1205,7 +1212,6 @@ static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struc
 		else
 			ph->unknown = true;
 	}
-	*ret = ph;
 	return DELIVERED;
 }
 
@@ -1233,11 +1239,16 @@ static void told_unknown(struct told *t)
 	}
 }
 
+static bool steps_no_more(const struct told *t)
+{
+	return !HAVE_STEP || t->alone || t->steps >= MAX_STEPS;
+}
+
 /* Lets the thread that was told touch its placeholder: for one instruction, or for good. Locked. False:
  * it was open for this thread, and the touch is forbidden all the same (a store into read-only memory). */
 static bool open_for(struct told *t, struct placeholder *ph, struct uvm_region *r)
 {
-	bool for_good = !HAVE_STEP || t->alone || t->steps >= MAX_STEPS || t->nr_open == MAX_OPEN;
+	bool for_good = steps_no_more(t) || t->nr_open == MAX_OPEN;
 	uint64_t len = (uint64_t)ph->nr_pages << UVM_PAGE_SHIFT;
 
 	if (ph->left_open)
@@ -1256,9 +1267,6 @@ static bool open_for(struct told *t, struct placeholder *ph, struct uvm_region *
 	ph->nr_open++;
 	t->open[t->nr_open].ph = (uint16_t)(ph - failures.ph);
 	t->open[t->nr_open++].serial = ph->serial;
-	t->steps++;
-	if (t->nr_open == 1)
-		atomic_fetch_add(&nr_stepping, 1);
 	return true;
 }
 
@@ -1272,9 +1280,24 @@ static void close_for(struct told *t)
 			(void)uvm_mprotect(ph->address, (uint64_t)ph->nr_pages << UVM_PAGE_SHIFT,
 					   PROT_NONE);
 	}
-	if (t->nr_open)
-		atomic_fetch_sub(&nr_stepping, 1);
 	t->nr_open = 0;
+}
+
+/* The page is missing again, save for a thread that is in the middle of an instruction on its placeholder.
+ * Not to be waited for longer than that: it may want the GIL next, which this thread may have. Unlocks. */
+static enum delivery retry_unlock(const struct uvm_failure *f)
+{
+	struct placeholder *ph = ph_find(f->region, f->index);
+	bool remove = ph && ph->state == PH_COVERED && !ph->nr_open && !ph->left_open;
+
+	if (!ph)
+		poison_lift(f->region, f->index);
+	if (remove)
+		ph_begin_remove(ph);
+	unlock();
+	if (remove)
+		ph_remove(ph);
+	return ph ? LATER : AGAIN;
 }
 
 /* The calling thread is to be told that this page could not be had. In a SIGBUS handler. */
@@ -1284,7 +1307,6 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 				.index = index,
 				.kind = UVM_FAILURE_SOURCE,
 				.err = EIO};
-	struct placeholder *ph = NULL;
 	uint32_t tid = sys_gettid();
 	bool again = told_already(tid);
 
@@ -1303,15 +1325,12 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		unlock();
 		return poison_first || pte == UVM_PTE_POISONED ? DIE : AGAIN;
 	}
-	/* Ctrl-C was the main thread's, and may have reached it otherwise: for others, and later, the page
-	 * has not failed. */
-	if (f.kind == UVM_FAILURE_INTERRUPT && !again && !poison_first &&
-	    (tid != (uint32_t)getpid() || atomic_load(&interrupt_state) == INT_NONE)) {
-		poison_lift(f.region, index);
-		unlock();
-		return AGAIN;
-	}
-	enum delivery d = cover_for(r, index, &f, tid, poison_first, &ph);
+	/* Ctrl-C was the main thread's, and may have reached it otherwise, or one that has been told would
+	 * not wait: for others, and later, the page has not failed. */
+	if (f.kind == UVM_FAILURE_INTERRUPT && !again &&
+	    (tid != (uint32_t)getpid() || atomic_load(&interrupt_state) == INT_NONE))
+		return retry_unlock(&f);
+	enum delivery d = cover_for(r, index, &f, tid, poison_first);
 	for (int tries = 0; d == FULL; tries++) {
 		struct placeholder *oldest = ph_oldest();
 		if (oldest)
@@ -1328,7 +1347,7 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 			die_line(r, index, "no placeholder could be taken back", 0);
 			d = DIE;
 		} else {
-			d = cover_for(r, index, &f, tid, poison_first, &ph);
+			d = cover_for(r, index, &f, tid, poison_first);
 		}
 	}
 	struct told *t = told_find(tid);
@@ -1355,10 +1374,6 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		make_sticky(r, &f);
 		told_unknown(t);
 	}
-	/* The placeholder may be gone again meanwhile: then the touch says so. */
-	ph = d == DELIVERED ? ph_find(f.region, index) : NULL;
-	if (ph && ph->state == PH_COVERED && t && !ph->left_open && !open_for(t, ph, r))
-		d = DIE;
 	unlock();
 	if (raised) {
 		if (!again)
@@ -1369,7 +1384,7 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		janitor_ensure();
 		helper_kick(&janitor);
 	}
-	return d;
+	return DELIVERED; /* also where the placeholder is gone again: the touch says so */
 }
 
 static bool is_write(const void *context)
@@ -1397,26 +1412,50 @@ static bool is_write(const void *context)
 #endif
 }
 
-/* The instruction runs again, and this thread only then stops: sigtrap_handler() closes what is open. A signal
- * of the program's may come first: the flag waits in the context that its handler returns to, and
- * what is open then stays open, or is closed by an instruction of that handler. */
-static void step_if_open(void *context)
+/* The instruction runs again, and this thread only then stops: sigtrap_handler(). A signal of the program's may
+ * come first: the flag waits in the context that its handler returns to. Locked. */
+static void trap(struct told *t, void *context)
 {
 #if HAVE_STEP
 	greg_t *flags = &((ucontext_t *)context)->uc_mcontext.gregs[REG_EFL];
 
-	if (!atomic_load(&nr_stepping))
-		return;
-	lock();
-	struct told *t = told_find(sys_gettid());
-	if (t && t->nr_open && !(*flags & TRAP_FLAG)) {
+	if (!(*flags & TRAP_FLAG)) {
 		*flags |= TRAP_FLAG;
 		t->nr_traps++;
 	}
-	unlock();
 #else
-	(void)context;
+	(void)t, (void)context;
 #endif
+}
+
+/* The thread has been told, and may go on: over its placeholder, if that is still there. */
+static enum delivery step_over(struct uvm_region *r, uint64_t address, void *context)
+{
+	uint64_t index = (address - r->start) >> UVM_PAGE_SHIFT;
+	enum uvm_step step = UVM_STEP_REFUSED;
+	enum delivery d = DELIVERED;
+
+	lock();
+	struct told *t = told_find(sys_gettid());
+	struct placeholder *ph = ph_find(uvm_region_handle(r), index);
+	if (t && ph && ph->state == PH_COVERED && !ph->left_open) {
+		t->stepping = true;
+		if (!steps_no_more(t)) {
+			t->steps++;
+			unlock();
+			step = uvm_step_begin(context, address, is_write(context), &t->shift);
+			lock();
+			ph = ph_find(uvm_region_handle(r), index);
+		}
+		if (step == UVM_STEP_REFUSED && ph && ph->state == PH_COVERED && !ph->left_open &&
+		    !open_for(t, ph, r))
+			d = DIE;
+		if (t->nr_open || t->shift.nr)
+			trap(t, context);
+		t->stepping = false;
+	}
+	unlock();
+	return d;
 }
 
 static void sigtrap_handler(int sig, siginfo_t *info, void *context)
@@ -1431,6 +1470,7 @@ static void sigtrap_handler(int sig, siginfo_t *info, void *context)
 		ours = t && t->nr_traps;
 		if (ours) {
 			t->nr_traps--;
+			uvm_step_end(context, &t->shift);
 			close_for(t);
 		}
 		unlock();
@@ -1467,6 +1507,8 @@ static void sigbus_handler(int sig, siginfo_t *info, void *context)
 	}
 	if (r) {
 		d = deliver(r, (address - r->start) >> UVM_PAGE_SHIFT, poison_first);
+		if (d == DELIVERED)
+			d = step_over(r, address, context);
 		uvm_region_put(r);
 	}
 	if (d == LATER)
@@ -1475,8 +1517,6 @@ static void sigbus_handler(int sig, siginfo_t *info, void *context)
 		d = DIE;
 	if (d == DIE)
 		chain(&chains[0], info, context);
-	else
-		step_if_open(context);
 	errno = saved;
 }
 
@@ -1516,6 +1556,8 @@ static void sigsegv_handler(int sig, siginfo_t *info, void *context)
 			uvm_region_say_lost(r);
 		else if (r->writable || !is_write(context))
 			d = touch_placeholder(r, (address - r->start) >> UVM_PAGE_SHIFT);
+		if (d == DELIVERED)
+			d = step_over(r, address, context);
 		uvm_region_put(r);
 		if (d == LATER)
 			wait_a_little();
@@ -1524,8 +1566,6 @@ static void sigsegv_handler(int sig, siginfo_t *info, void *context)
 	}
 	if (d == DIE)
 		chain(&chains[1], info, context);
-	else
-		step_if_open(context);
 	errno = saved;
 }
 
@@ -1560,9 +1600,8 @@ int uvm_sigbus_replaced(uint64_t *handler)
 
 int uvm_sigbus_install(void)
 {
-	int rc = 0;
-
 	pthread_mutex_lock(&helpers_mutex);
+	int rc = uvm_step_init();
 	for (int i = 0; i < NR_CHAINS && rc == 0; i++) {
 		struct chained *c = &chains[i];
 		struct sigaction ours = {.sa_sigaction = c->handler,
@@ -1619,7 +1658,7 @@ static uint64_t janitor_round(bool all)
 	lock();
 	for (int i = 0; i < MAX_TOLD; i++) {
 		struct told *t = &failures.told[i];
-		if (t->state == TOLD_UNKNOWN && !t->nr_open &&
+		if (t->state == TOLD_UNKNOWN && !told_in_step(t) &&
 		    now - t->t_ns > 2 * PLACEHOLDER_TTL_NS) {
 			told_disown(t);
 			t->state = TOLD_FREE;
@@ -1791,7 +1830,6 @@ void uvm_failure_child(void)
 	failures.nr_removing = 0;
 	atomic_store(&nr_placeholders, 0);
 	memset(failures.told, 0, sizeof failures.told);
-	atomic_store(&nr_stepping, 0);
 	while (failures.poison_tail != failures.poison_head) {
 		struct poisoned *p = &failures.poisoned[failures.poison_tail++ % MAX_POISONED];
 		struct uvm_region *r = uvm_region_by_handle(p->region);

@@ -319,14 +319,14 @@ def test_numpy_reduction_without_the_gil_raises(where: str, mode: str) -> None:
             value = None
             fail()
             for _ in range(5):
-                began = time.process_time()  # half a second; a busy machine makes it longer by the clock
+                began = time.process_time()  # a second; a busy machine makes it longer by the clock
                 try:
                     value = a.sum()
                 except uv.SourceError as error:
                     assert error.index == 0
                 else:
                     raise SystemExit(value)
-                assert time.process_time() - began < 4, time.process_time() - began
+                assert time.process_time() - began < 8, time.process_time() - began
                 assert value is None and nr_placeholders() == 0
             assert nr_vmas(region) == 1, nr_vmas(region)
             heal()
@@ -490,6 +490,74 @@ def test_poison_goes_by_itself_after_a_close_that_was_refused() -> None:
         heal()
         time.sleep(0.5)
         assert os.write(target.fileno(), b[:PAGE]) == PAGE
+        """
+    )
+
+
+def test_a_page_that_a_told_thread_did_not_wait_for_gets_a_try_of_its_own() -> None:
+    # The hash goes on in C over what it cannot have, step by step, for longer than the other's touch.
+    run(
+        """
+        file = make_file(64)
+        region = uv.map(file.name, mode="r", service="native", **one_page)
+        address, b = region.address, memoryview(region.buffer)
+        fail(errno.EACCES, delay_s=0.05, nowait=errno.EAGAIN)
+        indices = []
+        def hash_all():
+            indices.append(raises(uv.SourceError, hashlib.sha256, b).index)
+        hashing = threading.Thread(target=hash_all)
+        hashing.start()
+        while nr_placeholders() < 2:
+            time.sleep(0)
+        def touch():
+            out = ctypes.create_string_buffer(8)
+            ctypes.memmove(out, address + PAGE, 8)
+            for _ in range(20):
+                len(out)
+        error = raises(uv.SourceError, touch)
+        assert (error.index, error.errno) == (1, errno.EACCES), error
+        hashing.join()
+        assert indices == [0]
+        heal()
+        assert bytes(b) == content(64)
+        """
+    )
+
+
+@pytest.mark.parametrize("service", ["native", "inline"])
+def test_threads_that_retry_a_failing_page_are_told_each_time(service: str) -> None:
+    # Each is in the middle of its C call over the other's placeholder again and again.
+    run(
+        f"""
+        file = make_file(64)
+        region = uv.map(file.name, mode="r", service="{service}", **one_page)
+        a, address = region.array("uint8"), region.address
+        fail(errno.EACCES)
+        out = ctypes.create_string_buffer(8)
+        def reduce():
+            return int(a[:PAGE].sum())
+        def copy():
+            ctypes.memmove(out, address, 8)
+            return out.raw
+        told, untold, others = [], [], []
+        def body(fn):
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                try:
+                    untold.append(fn())
+                except uv.SourceError as error:
+                    told.append((error.index, error.errno))
+                except BaseException as error:
+                    others.append(error)
+        threads = [threading.Thread(target=body, args=(fn,)) for fn in (reduce, copy, reduce, copy)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (untold, others) == ([], [])
+        assert len(told) > 20 and set(told) == {{(0, errno.EACCES)}}
+        heal()
+        assert bytes(region.buffer) == content(64)
         """
     )
 
