@@ -14,7 +14,7 @@
 static struct uvm_cache caches[UVM_MAX_CACHES];
 static int nr_slots; /* high-water mark; under space.mutex */
 
-enum { WRITE_BACK_PAGES = 64, CHARGE_TRIES = 1000 };
+enum { WRITE_BACK_PAGES = 64, CHARGE_TRIES = 1000, RECOUNT_TRIES = 20 };
 
 /* ---- who is alive ------------------------------------------------------------------------------------ */
 /* What we take a process for that shares a cache decides who owns its pages, so "dead" must be known. Facts:
@@ -828,18 +828,49 @@ static uint64_t reclaim(struct uvm_cache *c, uint64_t nr_pages, bool may_write_b
 	return got;
 }
 
+/* What killed processes leave behind, so that less and less fits under the cap. Folios in the middle of something,
+ * which no queue holds, are taken over. Where one was killed between moving folio words and counting them,
+ * nr_used is off: no lock keeps others out of that gap, but they are in it for microseconds, so an
+ * excess that was there at each of many looks is a dead process's. Pages that are filled or evicted just
+ * now count or not, as it may be. Returns the excess that is still in question. */
+static int64_t settle_the_dead(struct uvm_cache *c, int64_t excess, bool believe)
+{
+	uint64_t *nr_used = &c->shared->ctl.nr_used, settled = 0, busy = 0;
+	uint32_t alive = c->owner; /* the last one that proved to be */
+	if (atomic_load(&c->shared->nr_slots) < 2)
+		return excess;
+	int64_t before = (int64_t)__atomic_load_n(nr_used, __ATOMIC_ACQUIRE);
+	for (uint64_t i = 0; i < c->nr_pages; i++) {
+		if (uvm_folio_begins_page(i) && (i = uvm_cache_next_touched(c, i)) >= c->nr_pages)
+			break;
+		uint32_t word = atomic_load(&c->folios[i]);
+		unsigned state = uvm_folio_state(word);
+		if (state != UVM_FOLIO_ABSENT && word >> 8 != c->owner && word >> 8 != alive &&
+		    !uvm_cache_take_over_dead(c, i))
+			alive = word >> 8;
+		busy += state == UVM_FOLIO_FILLING || state == UVM_FOLIO_EVICTING;
+		settled += state == UVM_FOLIO_UPTODATE || state == UVM_FOLIO_DIRTY ||
+			   state == UVM_FOLIO_WRITEBACK;
+	}
+	int64_t over = before - (int64_t)(settled + busy), under = (int64_t)settled - before;
+	excess = over < excess ? over : excess;
+	if (under > 0) {
+		__atomic_fetch_add(nr_used, (uint64_t)under, __ATOMIC_RELAXED);
+	} else if (believe && excess > 0) {
+		__atomic_fetch_sub(nr_used, (uint64_t)excess, __ATOMIC_RELAXED);
+		excess = INT64_MAX;
+	}
+	return excess;
+}
+
 /* memcg charge before commit: reclaim first when it would go over the cap. False: no room without
  * writing back, and the caller may not wait for that. A caller that may goes over the cap when nothing
- * can be taken back (all pages dirty in processes out of our reach): late memory beats a hang.
- *
- * XXX A forked child that is killed between moving folio words and counting them leaves nr_used off by that
- * window, for good: too high, the cap is smaller by so much (and gives way, at worst); too low, larger. A
- * recount would have to hold all threads off that are between the two: no lock does, and a count of the
- * words beside them is off by their windows in turn. */
+ * can be taken back (all pages dirty in processes out of our reach): late memory beats a hang. */
 bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back)
 {
 	struct uvm_cache_ctl *ctl = &c->shared->ctl;
 	bool give_way = false, write_back = may_write_back;
+	int64_t excess = INT64_MAX;
 	for (int tries = 0;; tries++) {
 		uint64_t used = __atomic_add_fetch(&ctl->nr_used, nr_pages, __ATOMIC_RELAXED);
 		if (used <= ctl->cap_pages || give_way) {
@@ -860,6 +891,7 @@ bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_bac
 			continue;
 		if (!may_write_back)
 			return false;
+		excess = settle_the_dead(c, excess, tries >= RECOUNT_TRIES);
 		/* Nothing to take: other threads are filling what is charged (wait for them), or all of it
 		 * is dirty and a forked child may write to it. */
 		give_way = tries >= CHARGE_TRIES || (tries > 2 && !write_back);

@@ -4,8 +4,11 @@ by our own count and by the memfd's blocks."""
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -196,3 +199,53 @@ def test_what_evict_has_emptied_does_not_hide_what_is_there(make_file, service):
             if i % 3 == 0:
                 region.evict()
         check_all(region)
+
+
+CAP_PAGES = 40
+
+
+def in_child_kill_children(path: str, mode: str) -> tuple[float, int, int]:
+    """Children die in the middle of filling or writing back; then the file is read through the cap that
+    they leave. The seconds it took, pages charged, pages in the memfd."""
+    options = {"service": "native", "cap": CAP_PAGES * PAGE_SIZE, "readahead_bytes": 0}
+    want = Path(path).read_bytes()
+    with uv.map(path, mode, fault_around_bytes=PAGE_SIZE, **options) as region:
+        buffer = region.buffer
+        for number in range(30):
+            pid = os.fork()
+            if pid == 0:
+                ours = range(number * 8, number * 8 + 8)
+                if mode == "r+":
+                    for page in ours:
+                        buffer[page * PAGE_SIZE] = want[page * PAGE_SIZE]
+                    lib.uvm_inject(lib.UVM_OP_PWRITE, 0, 1 << 40, 0, 60 * 10**9)
+                    region.flush()
+                else:
+                    lib.uvm_inject(lib.UVM_OP_PREAD_NOWAIT, 0, 1 << 40, errno.EAGAIN, 0)
+                    lib.uvm_inject(lib.UVM_OP_PREAD, 0, 1 << 40, 0, 60 * 10**9)
+                    for page in ours:
+                        address = region.address + page * PAGE_SIZE
+                        in_thread(ctypes.memmove, ctypes.create_string_buffer(1), address, 1)
+                    time.sleep(60)
+                os._exit(0)
+            time.sleep(0.1)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        began = time.monotonic()
+        for _ in range(3):
+            assert bytes(buffer) == want
+        took = time.monotonic() - began
+        cache = region._ops.cache
+        blocks = os.fstat(cache.data_fd).st_blocks * 512 // PAGE_SIZE
+        charged = lib.uvm_cache_ctl(cache.id).nr_used
+        buffer.release()
+    assert Path(path).read_bytes() == want
+    return took, charged, blocks
+
+
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+def test_what_killed_children_leave_does_not_fill_the_cap(make_file, mode):
+    path = make_file(10 * CAP_PAGES * PAGE_SIZE)
+    took, charged, blocks = run_in_child(in_child_kill_children, str(path), mode, timeout=60).value
+    assert took < 10, "each fault waited for room"
+    assert blocks <= charged + 1 <= CAP_PAGES + 1
