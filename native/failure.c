@@ -1097,14 +1097,15 @@ static void chain(struct chained *c, siginfo_t *info, void *context)
 	default_action(c->sig, info);
 }
 
+static struct {
+	_Atomic uint64_t address, t_ns;
+	_Atomic uint32_t count;
+} looks[MAX_LOOKS];
+
 /* A SIGBUS whose page is not poisoned any more: touch it again. Not for ever: real memory errors come
  * this way too, one right after the other. */
 static bool look_again(uint32_t tid, uint64_t address)
 {
-	static struct {
-		_Atomic uint64_t address, t_ns;
-		_Atomic uint32_t count;
-	} looks[MAX_LOOKS];
 	unsigned i = tid & (MAX_LOOKS - 1);
 	uint64_t now = sys_now_ns();
 
@@ -1116,6 +1117,11 @@ static bool look_again(uint32_t tid, uint64_t address)
 		return false;
 	sched_yield();
 	return true;
+}
+
+static void looked(uint32_t tid)
+{
+	atomic_store(&looks[tid & (MAX_LOOKS - 1)].count, 0);
 }
 
 /* LATER: the region is just being closed, or the placeholder taken away; FULL (inside): of placeholders. */
@@ -1384,7 +1390,9 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		janitor_ensure();
 		helper_kick(&janitor);
 	}
-	return DELIVERED; /* also where the placeholder is gone again: the touch says so */
+	if (d == DELIVERED || !again)
+		looked(tid);
+	return again ? d : DELIVERED; /* though the placeholder be gone again: the touch says so */
 }
 
 static bool is_write(const void *context)

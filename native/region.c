@@ -168,7 +168,9 @@ void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsig
 	int64_t delta = 0;
 	for (uint64_t i = index; i < index + nr_pages; i++) {
 		unsigned from = atomic_load_explicit(&r->ptes[i], memory_order_relaxed);
-		if (from == to)
+		/* The kernel's marker stands until the poison is lifted, whatever else came of the page: a
+		 * fill through the alias, say, of a page that a told thread did not wait for. */
+		if (from == to || (from == UVM_PTE_POISONED && to != UVM_PTE_NONE))
 			continue;
 		delta += (int)pte_present(to) - (int)pte_present(from);
 		if (r->touched)
