@@ -381,16 +381,19 @@ uint32_t *uvm_cache_folios(int id)
 	return c ? (uint32_t *)c->folios : NULL;
 }
 
+/* Inaccessible, since nobody reads or writes it: COPY does not ask. What is touched in all of memory
+ * (mlockall(), a dump) passes it by; a fault here would be nobody's (uvm_is_alias()). */
 static int alias_map(struct uvm_cache *c, int service)
 {
 	uint64_t bytes = c->nr_pages << UVM_PAGE_SHIFT;
-	int rc = sys_mmap(0, bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, c->data_fd, 0,
+	int rc = sys_mmap(0, bytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, c->data_fd, 0,
 			  &c->alias[service]);
 	if (rc < 0) {
 		c->alias[service] = 0;
 		return rc;
 	}
 	(void)sys_madvise(c->alias[service], bytes, MADV_NOHUGEPAGE);
+	(void)sys_madvise(c->alias[service], bytes, MADV_DONTDUMP);
 	rc = sys_madvise(c->alias[service], bytes, MADV_DONTFORK);
 	c->alias_epoch[service] = uvm_service_epoch(service);
 	if (rc == 0)
@@ -401,6 +404,16 @@ static int alias_map(struct uvm_cache *c, int service)
 		c->alias[service] = 0;
 	}
 	return rc;
+}
+
+bool uvm_is_alias(uint64_t address)
+{
+	for (int id = 0; id < nr_slots; id++)
+		for (int s = 0; s < 3; s++)
+			if (atomic_load(&caches[id].in_use) && caches[id].alias[s] &&
+			    address - caches[id].alias[s] < caches[id].nr_pages << UVM_PAGE_SHIFT)
+				return true;
+	return false;
 }
 
 int uvm_cache_alias(struct uvm_cache *c, int service)

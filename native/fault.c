@@ -225,19 +225,23 @@ static uint32_t act_poison(struct vm_fault *v)
 	return fail_page(v, err, v->row->result);
 }
 
-/* p2. Only under space.mutex can we be sure that no region is just being registered here. */
+/* p2. Only under space.mutex can we be sure that no region is just being registered here. A debugger that reads
+ * an alias waits for ever: unregistered, a hole of the memfd would become a page of zeros for everybody. */
 static uint32_t act_unregister_stray(struct vm_fault *v)
 {
 	uint64_t page = v->f->address & ~(uint64_t)(UVM_PAGE - 1);
+	bool alias = false;
 	if (pthread_mutex_trylock(&uvm_space.mutex) == 0) {
 		struct uvm_region *r = uvm_region_find(page);
+		alias = uvm_is_alias(page);
 		if (r)
 			uvm_region_put(r);
-		else
+		else if (!alias)
 			(void)sys_uffd_unregister(fault_uffd(v), page, UVM_PAGE);
 		pthread_mutex_unlock(&uvm_space.mutex);
 	}
-	wake(v);
+	if (!alias)
+		wake(v);
 	return v->row->result;
 }
 

@@ -145,6 +145,7 @@ struct uvm_cache *uvm_cache_get(int id); /* NULL when there is none */
 void uvm_cache_ref(struct uvm_cache *c);
 void uvm_cache_unref(struct uvm_cache *c);
 int uvm_cache_alias(struct uvm_cache *c, int service); /* makes it; space.mutex held */
+bool uvm_is_alias(uint64_t address);                   /* space.mutex held */
 bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_back);
 void uvm_cache_uncharge(struct uvm_cache *c, uint64_t nr_pages);
 void uvm_cache_note_extent(struct uvm_cache *c, uint64_t index, uint64_t nr_pages);

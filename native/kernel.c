@@ -179,6 +179,21 @@ int uvm_madvise(uint64_t start, uint64_t len, int advice)
 	return sys_madvise(start, len, advice);
 }
 
+/* Does mmap() fill what it maps at once, as after mlockall(MCL_FUTURE)? A page that it did not lock says no. */
+int uvm_mmap_populates(void)
+{
+	unsigned char resident = 0;
+	uint64_t page;
+	int rc = sys_mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0,
+			  &page);
+	if (rc < 0)
+		return rc;
+	if (mincore((void *)(uintptr_t)page, 4096, &resident) < 0)
+		rc = -errno;
+	(void)sys_munmap(page, 4096);
+	return rc < 0 ? rc : resident & 1;
+}
+
 int uvm_mprotect(uint64_t start, uint64_t len, int prot)
 {
 	return uvm_rc(mprotect((void *)(uintptr_t)start, len, prot));

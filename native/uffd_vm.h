@@ -70,6 +70,7 @@ int uvm_pagemap_scan(int pagemap_fd, uint64_t start, uint64_t end, uint64_t flag
 		     uint64_t category_mask, uint64_t category_anyof_mask, uint64_t return_mask,
 		     uint64_t max_pages, struct uvm_pm_region *vec, uint64_t vec_len,
 		     uint64_t *walk_end);
+int uvm_mmap_populates(void); /* 1: mlockall(MCL_FUTURE) is in force, without MCL_ONFAULT */
 int uvm_madvise(uint64_t start, uint64_t len, int advice);
 int uvm_mprotect(uint64_t start, uint64_t len, int prot);
 /* Touches each page in user mode: reads a byte, or stores the byte that is there. For uffds that send no

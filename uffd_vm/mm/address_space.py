@@ -47,7 +47,7 @@ from uffd_vm.mm.arguments import (
     refuse_unexecutable,
 )
 from uffd_vm.mm.kernel_ops import KernelOps
-from uffd_vm.mm.mapping import Mapping, retry_orphans
+from uffd_vm.mm.mapping import Mapping, refuse_populated, retry_orphans
 from uffd_vm.mm.page_cache import (
     FileVersion,
     PageCache,
@@ -315,6 +315,7 @@ class AddressSpace:
             features.require_library("write tracking")
         flags, prot = _MMAP[mode]
         with self._locked(), ExitStack() as undo:
+            refuse_populated(file.name)
             cache = self._caches.get(
                 file.fd,
                 file.path,
@@ -392,6 +393,7 @@ class AddressSpace:
             features.require_library("write tracking")
         title = name or f"anonymous-{next(self._numbers)}"
         with _telling_descriptors(title), self._locked(), ExitStack() as undo:
+            refuse_populated(title)
             try:
                 mapping = Mapping.anonymous(size)
             except (OSError, OverflowError) as error:

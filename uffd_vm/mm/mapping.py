@@ -20,10 +20,10 @@ import threading
 import warnings
 from typing import Any, NoReturn, Protocol
 
-from uffd_vm.errors import PagerDied, RegionBusyError
-from uffd_vm.kernel._lib import ffi
+from uffd_vm.errors import FeatureUnavailable, PagerDied, RegionBusyError
+from uffd_vm.kernel._lib import check, ffi, lib
 
-__all__ = ["Mapping", "Teardown", "retry_orphans"]
+__all__ = ["Mapping", "Teardown", "refuse_populated", "retry_orphans"]
 
 log = logging.getLogger("uffd_vm")
 
@@ -34,6 +34,17 @@ _VIEWS_LIVE = (
     "leave the function that holds them, or copy what you keep), or let the garbage collector close "
     "it with the last view; the region stays open and usable"
 )
+
+
+def refuse_populated(name: str) -> None:
+    """Raises FeatureUnavailable while mmap() fills what it maps: with zeros, before anybody is asked for the
+    pages, and those of a file's cache for all who share it."""
+    if check(lib.uvm_mmap_populates(), "mmap"):
+        raise FeatureUnavailable(
+            f"region {name!r}: this process has called mlockall(MCL_FUTURE), so new memory is filled with "
+            "zeros as it is mapped. Lock with MCL_FUTURE | MCL_ONFAULT (pages stay in memory once they are "
+            "there), or call mlockall() after uv.map()"
+        )
 
 
 class Teardown(Protocol):
