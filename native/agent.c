@@ -28,6 +28,7 @@ enum {
 	TICK_MS = 100,
 	WATCH_MS = 200,     /* of silence: from here on Ctrl-C is watched ... */
 	INTERRUPT_MS = 500, /* ... and here it ends the wait */
+	LOOK_MS = 1000,     /* while there is nothing to do */
 	GRACE_MS = 2000,    /* for a killed process to end: inside a system call it may take long */
 	NR_BETWEEN = 3,     /* ticks without a waiter that may come back at once */
 	NR_QUIET = 10,      /* ticks without a waiter, then Ctrl-C is Python's own again */
@@ -41,9 +42,10 @@ _Static_assert(sizeof(struct uvm_agent_reply) == 8, "agent.py unpacks 8 bytes");
 struct agent_fds {
 	int socket_fd, pidfd, uffd; /* our own copies */
 	int stop[2];                /* a pipe: its end of file means stop */
+	struct uvm_file_id id;      /* of the uffd */
 };
 
-static const struct agent_fds NO_FDS = {-1, -1, -1, {-1, -1}};
+static const struct agent_fds NO_FDS = {-1, -1, -1, {-1, -1}, {0, 0}};
 
 static struct {
 	pthread_mutex_t mutex; /* of start and stop */
@@ -56,7 +58,17 @@ static struct {
 	bool asked;    /* for a sign of life, and no answer yet */
 	bool watching; /* Ctrl-C, because the service does not */
 	int quiet;     /* ticks since anybody waited */
-} agent = {.mutex = PTHREAD_MUTEX_INITIALIZER, .fds = {-1, -1, -1, {-1, -1}}};
+} agent = {.mutex = PTHREAD_MUTEX_INITIALIZER, .fds = {-1, -1, -1, {-1, -1}, {0, 0}}};
+
+/* The program closed our descriptors, and the numbers may be others' now: nothing is done with them. */
+static bool is_lost(void)
+{
+	if (uvm_fd_is(agent.fds.uffd, &agent.fds.id))
+		return false;
+	agent.fds = NO_FDS;
+	(void)uvm_service_check(UVM_SERVICE_PYTHON);
+	return true;
+}
 
 static _Atomic int nr_awaiting; /* threads that wait for a reply of the process */
 static _Atomic int ended;       /* uvm_agent_ended() */
@@ -310,7 +322,10 @@ static bool serve_the_living(void)
 			{agent.fds.socket_fd, POLLIN, 0},
 			{agent.fds.pidfd, POLLIN, 0},
 		};
-		if (poll(fds, 3, TICK_MS) < 0)
+		int n = poll(fds, 3, TICK_MS);
+		if (is_lost())
+			return false;
+		if (n < 0)
 			continue;
 		if (fds[0].revents)
 			return false;
@@ -335,8 +350,8 @@ static void fail_for_the_dead(void)
 	uvm_for_each_region(wake_region, NULL);
 	for (;;) {
 		struct pollfd fds[] = {{agent.fds.stop[0], POLLIN, 0}, {agent.fds.uffd, POLLIN, 0}};
-		int n = poll(fds, 2, agent.watching ? INTERRUPT_MS : -1);
-		if (fds[0].revents)
+		int n = poll(fds, 2, agent.watching ? INTERRUPT_MS : LOOK_MS);
+		if (fds[0].revents || is_lost())
 			return;
 		if (n == 0)
 			watch(false); /* whoever waited has been told */
@@ -383,7 +398,9 @@ static int fds_open(struct agent_fds *fds, int socket_fd, int pidfd)
 	fds->socket_fd = fcntl(socket_fd, F_DUPFD_CLOEXEC, 0);
 	fds->pidfd = fcntl(pidfd, F_DUPFD_CLOEXEC, 0);
 	fds->uffd = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
-	return fds->socket_fd < 0 || fds->pidfd < 0 || fds->uffd < 0 ? -errno : 0;
+	if (fds->socket_fd < 0 || fds->pidfd < 0 || fds->uffd < 0)
+		return -errno;
+	return uvm_file_id(fds->uffd, &fds->id);
 }
 
 static int thread_start(void)
@@ -402,6 +419,7 @@ static void agent_stop(void)
 {
 	if (!agent.running)
 		return;
+	(void)is_lost();
 	close_fd(&agent.fds.stop[1]);
 	pthread_join(agent.thread, NULL);
 	agent.running = false;
@@ -411,6 +429,8 @@ static void agent_stop(void)
 static bool process_ended(void)
 {
 	struct pollfd fd = {agent.fds.pidfd, POLLIN, 0};
+	if (is_lost())
+		return true;
 	return poll(&fd, 1, 0) > 0;
 }
 
@@ -457,7 +477,7 @@ int uvm_agent_ended(void)
 void uvm_agent_child(void)
 {
 	pthread_mutex_init(&agent.mutex, NULL);
-	if (agent.running)
+	if (agent.running && uvm_fd_is(agent.fds.uffd, &agent.fds.id))
 		fds_close(&agent.fds);
 	agent.running = false;
 	atomic_store(&nr_awaiting, 0);

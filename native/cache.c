@@ -132,7 +132,7 @@ static bool others_attached(struct uvm_cache *c)
 bool uvm_cache_has(struct uvm_cache *c, uint64_t index)
 {
 	off_t at = (off_t)(index << UVM_PAGE_SHIFT);
-	return lseek(c->data_fd, at, SEEK_DATA) == at;
+	return uvm_fd_is(c->data_fd, &c->data_id) && lseek(c->data_fd, at, SEEK_DATA) == at;
 }
 
 /* A folio that a dead process left FILLING or EVICTING. True if its state moved on. */
@@ -229,6 +229,42 @@ static int shared_map(struct uvm_cache *c, uint64_t cap_pages)
 	return 0;
 }
 
+/* ---- descriptors that the program closed: see keeper.c ----------------------------------------------------- */
+static void forget(int *fd, const struct uvm_file_id *id)
+{
+	if (*fd >= 0 && !uvm_fd_is(*fd, id))
+		*fd = -1;
+}
+
+void uvm_caches_lose(void)
+{
+	for (int id = 0; id < nr_slots; id++) {
+		struct uvm_cache *c = &caches[id];
+		if (!atomic_load(&c->in_use))
+			continue;
+		forget(&c->file_fd, &c->file_id);
+		forget(&c->data_fd, &c->data_id);
+		forget(&c->ctl_fd, &c->ctl_id);
+	}
+}
+
+bool uvm_cache_data_ours(struct uvm_cache *c)
+{
+	return uvm_fd_is(c->data_fd, &c->data_id);
+}
+
+int uvm_cache_check(int id)
+{
+	struct uvm_cache *c = uvm_cache_get(id);
+	if (!c)
+		return -EINVAL;
+	uvm_services_check();
+	return uvm_fd_is(c->file_fd, &c->file_id) && uvm_cache_data_ours(c) &&
+			       uvm_fd_is(c->ctl_fd, &c->ctl_id)
+		       ? 0
+		       : -EBADFD;
+}
+
 static void close_fds(struct uvm_cache *c)
 {
 	if (c->file_fd >= 0)
@@ -259,6 +295,10 @@ static int cache_make(struct uvm_cache *c, int file_fd, uint64_t size, int64_t m
 		return -errno;
 	c->ctl_fd = rc = sys_memfd_create("uffd_vm-folios");
 	if (rc < 0)
+		return rc;
+	if ((rc = uvm_file_id(c->file_fd, &c->file_id)) < 0 ||
+	    (rc = uvm_file_id(c->data_fd, &c->data_id)) < 0 ||
+	    (rc = uvm_file_id(c->ctl_fd, &c->ctl_id)) < 0)
 		return rc;
 	uint64_t cap_pages = cap_bytes >> UVM_PAGE_SHIFT;
 	rc = shared_map(c, cap_pages > UVM_MIN_CAP_PAGES ? cap_pages : UVM_MIN_CAP_PAGES);
@@ -386,6 +426,8 @@ uint32_t *uvm_cache_folios(int id)
 static int alias_map(struct uvm_cache *c, int service)
 {
 	uint64_t bytes = c->nr_pages << UVM_PAGE_SHIFT;
+	if (!uvm_cache_data_ours(c))
+		return -EBADF;
 	int rc = sys_mmap(0, bytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, c->data_fd, 0,
 			  &c->alias[service]);
 	if (rc < 0) {
@@ -485,6 +527,8 @@ void uvm_cache_child_own(struct uvm_cache *c)
 uint64_t uvm_cache_next_touched(struct uvm_cache *c, uint64_t index)
 {
 	off_t from = (off_t)(UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t));
+	if (!uvm_fd_is(c->ctl_fd, &c->ctl_id)) /* it would move what another file is read from */
+		return c->nr_pages;
 	off_t at = lseek(c->ctl_fd, from, SEEK_DATA);
 	if (at < 0)
 		return c->nr_pages;
@@ -546,6 +590,8 @@ static int version_check(struct uvm_cache *c)
 	int rc = sys_fstat(c->file_fd, &st);
 	if (rc < 0)
 		return rc;
+	if (st.st_dev != c->file_id.dev || st.st_ino != c->file_id.ino)
+		return -EBADF; /* another file, which has our number now */
 	if ((uint64_t)st.st_size < ctl->size)
 		return -ENODATA;
 	bool same = (uint64_t)st.st_size == ctl->size &&
@@ -790,8 +836,10 @@ int64_t uvm_cache_evict(struct uvm_cache *c, uint64_t index, uint64_t nr_pages)
 		       uvm_folio_move(c, run, UVM_FOLIO_UPTODATE, UVM_FOLIO_EVICTING))
 			run++;
 		if (run > index) {
-			int rc = sys_punch_hole(c->data_fd, (int64_t)(index << UVM_PAGE_SHIFT),
-						(int64_t)((run - index) << UVM_PAGE_SHIFT));
+			int rc = -EBADF;
+			if (uvm_cache_data_ours(c))
+				rc = sys_punch_hole(c->data_fd, (int64_t)(index << UVM_PAGE_SHIFT),
+						    (int64_t)((run - index) << UVM_PAGE_SHIFT));
 			for (uint64_t i = index; i < run; i++)
 				uvm_folio_move(c, i, UVM_FOLIO_EVICTING,
 					       rc < 0 ? UVM_FOLIO_UPTODATE : UVM_FOLIO_ABSENT);
@@ -968,7 +1016,7 @@ static int copy_out(struct uvm_cache *c, uint64_t index, uint64_t nr_pages, char
 		done += n > 0 ? (uint64_t)n : 0;
 	}
 	/* Never over a version that is not ours, and never past the end of a file that was cut. */
-	int rc = version_check(c);
+	int rc = uvm_cache_data_ours(c) ? version_check(c) : -EBADF;
 	if (rc < 0)
 		return rc;
 	c->shared->wb_writing = 1;

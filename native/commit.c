@@ -97,7 +97,7 @@ static const commit_fn commits[UVM_NR_COMMIT] = {
  * somebody who read a hole behind our back, and then it is zeros. What was read is right either way. */
 void uvm_rewrite_folio(struct uvm_region *r, uint64_t index, const uint8_t *content)
 {
-	if (r->cache && !r->cache->writable)
+	if (r->cache && !r->cache->writable && uvm_cache_data_ours(r->cache))
 		(void)sys_pwrite(r->cache->data_fd, content, UVM_PAGE,
 				 (int64_t)((r->pgoff + index) << UVM_PAGE_SHIFT));
 }

@@ -895,7 +895,7 @@ static unsigned prologue(struct vm_fault *v)
 
 	v->index = (v->f->address - r->start) >> UVM_PAGE_SHIFT;
 	prefetch_region(r, v->index);
-	if (atomic_load(&r->state) != UVM_REGION_LIVE)
+	if (atomic_load(&r->state) != UVM_REGION_LIVE || atomic_load(&r->lost))
 		flags |= UVM_FLAG_CLOSING;
 	if (v->f->access == 1 && !r->writable)
 		flags |= UVM_FLAG_WRITE_DENIED;
@@ -1017,7 +1017,7 @@ int64_t uvm_fill_range(struct uvm_executor *x, struct uvm_region **region, uint6
 		struct uvm_region *r = *region;
 		struct window w = {
 			.index = index, .nr_pages = end_index - index, .demand = UVM_NO_INDEX};
-		if (atomic_load(&r->state) != UVM_REGION_LIVE)
+		if (atomic_load(&r->state) != UVM_REGION_LIVE || atomic_load(&r->lost))
 			break;
 		window_clamp(r, index, &w);
 		if (r->backing == UVM_BACKING_ANON) {

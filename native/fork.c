@@ -35,6 +35,9 @@ const char *uvm_lost_reason(int err)
 	case -UVM_LOST_TO_SERVICE:
 		return "mode \"r+\" of service='python' stays with the parent; map it with "
 		       "service='native'";
+	case -UVM_LOST_TO_CLOSE:
+		return "the process closed the descriptors of uffd_vm; do not close descriptors "
+		       "that you did not open, or do it before uv.map()";
 	default:
 		return "a kernel call failed";
 	}
@@ -44,11 +47,14 @@ const char *uvm_lost_reason(int err)
 void uvm_region_say_lost(const struct uvm_region *r)
 {
 	char text[400];
+	int err = -atomic_load(&r->lost);
 	int n = snprintf(text, sizeof text,
-			 "uffd_vm: the region at 0x%llx (%llu bytes) could not be served in the "
-			 "forked child %d and was made inaccessible there: %s (errno %d)\n",
-			 (unsigned long long)r->start, (unsigned long long)r->len, (int)getpid(),
-			 uvm_lost_reason(-r->lost), -r->lost);
+			 "uffd_vm: the region at 0x%llx (%llu bytes) %s %d and was made "
+			 "inaccessible there: %s (errno %d)\n",
+			 (unsigned long long)r->start, (unsigned long long)r->len,
+			 err == -UVM_LOST_TO_CLOSE ? "can no longer be served in process"
+						   : "could not be served in the forked child",
+			 (int)getpid(), uvm_lost_reason(err), err);
 	(void)!write(STDERR_FILENO, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1);
 }
 _Static_assert(UVM_CACHE_SLOTS == 4096, "the text of EUSERS, and docs/guide.md");
@@ -135,6 +141,7 @@ static void before(void)
 		usleep(1000);
 		pthread_mutex_lock(&uvm_space.mutex);
 	}
+	uvm_services_check(); /* the child would map what has our numbers now */
 	uvm_failure_prepare();
 	uvm_spans_lock();
 	uvm_ptl_lock_all(); /* no commit is half published in what the child inherits */

@@ -33,6 +33,14 @@ enum {
 
 #define UVM_NO_INDEX UINT64_MAX
 
+/* ---- descriptors of ours ------------------------------------------------------------------------- */
+/* The program may close any number, and open another file there. */
+struct uvm_file_id {
+	uint64_t dev, ino;
+};
+int uvm_file_id(int fd, struct uvm_file_id *id);
+bool uvm_fd_is(int fd, const struct uvm_file_id *id);
+
 /* ---- policy rows: the layout that fault/table.py packs ------------------------------------------ */
 struct uvm_row {
 	uint8_t id, action, commit, next_pte; /* next_pte may be UVM_PTE_KEEP */
@@ -100,6 +108,7 @@ _Static_assert(sizeof(struct uvm_cache_shared) <= UVM_CACHE_CTL_BYTES, "cache he
 struct uvm_cache {
 	int id;
 	int file_fd, data_fd, ctl_fd;
+	struct uvm_file_id file_id, data_id, ctl_id;
 	bool created; /* its creator still holds it; under space.mutex */
 	int writable;
 	_Atomic int in_use;
@@ -172,6 +181,9 @@ static inline bool uvm_folio_begins_page(uint64_t index)
 	return (UVM_CACHE_CTL_BYTES + index * sizeof(uint32_t)) % UVM_PAGE == 0;
 }
 void uvm_cache_child_attach(struct uvm_cache *c);
+/* Before a write to the memfd by its number, or a mapping of it. */
+bool uvm_cache_data_ours(struct uvm_cache *c);
+void uvm_caches_lose(void);    /* forgets the numbers that are not ours any more */
 void uvm_caches_prepare(void); /* around fork; parent: also in the child */
 void uvm_caches_parent(void);
 void uvm_cache_child_own(struct uvm_cache *c);
@@ -195,9 +207,9 @@ struct uvm_region {
 	unsigned flags; /* FaultFlag */
 	int prot;
 	uint64_t register_mode;
-	int child_rc;            /* in a forked child: how mapping it again ended */
-	int lost;                /* there: why it is inaccessible, -errno; UVM_LOST_TO_SERVICE */
-	struct uvm_cache *cache; /* NULL: anonymous */
+	int child_rc;                          /* in a forked child: how mapping it again ended */
+	_Atomic int lost;                      /* why it is inaccessible: -errno; UVM_LOST_* */
+	struct uvm_cache *cache;               /* NULL: anonymous */
 	const struct uvm_cache_shared *shared; /* the cache's */
 	uint32_t fault_around_pages, readahead_pages;
 	uint64_t deadline_ns;
@@ -247,8 +259,8 @@ static inline bool uvm_region_in_cache(const struct uvm_region *r)
 {
 	return r->cache && !(r->backing == UVM_BACKING_PRIVATE_FILE && r->flags & UVM_FLAG_TRACKED);
 }
-/* A file that the parent's Python service writes back: no other process may write to its pages. */
-enum { UVM_LOST_TO_SERVICE = -EREMOTE };
+_Static_assert(UVM_LOST_TO_SERVICE == -EREMOTE && UVM_LOST_TO_CLOSE == -EBADFD, "uffd_vm.h");
+void uvm_region_lose(struct uvm_region *r); /* LOST_TO_CLOSE */
 
 /* The page-table lock of the 2 MiB that hold address. */
 void uvm_ptl_lock(uint64_t address);
@@ -262,7 +274,11 @@ uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index);
 void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsigned to);
 
 /* ---- the services' uffds ------------------------------------------------------------------------- */
-int uvm_service_uffd(int service);       /* -1: not started */
+int uvm_service_uffd(int service); /* -1: not started, or lost */
+/* Before anything is done with descriptors of a service, or of its caches: are they ours still? If not, its
+ * regions are made inaccessible (uvm_region_lose()) and their numbers forgotten. No lock held but space.mutex. */
+bool uvm_service_check(int service);
+void uvm_services_check(void);
 uint64_t uvm_service_epoch(int service); /* counts its uffds */
 int uvm_service_start(int service);      /* space.mutex held; counts users */
 void uvm_service_stop(int service);      /* space.mutex held */
@@ -274,6 +290,13 @@ int uvm_service_child_uffds(void);
 int uvm_service_child_threads(void);
 /* Moves a user from one service to another: a python-served region continues natively in a child. */
 int uvm_service_child_move(int from, int to);
+
+/* ---- keepers (keeper.c) ------------------------------------------------------------------------------ */
+int uvm_keeper_start(int service, int uffd); /* it is held when this returns, if it can be */
+void uvm_keeper_stop(int service);
+void uvm_keeper_drain(int service); /* the service has lost it: wakes whoever waits there */
+int uvm_nr_keepers(void);
+void uvm_keepers_child(void);
 
 /* ---- our threads (thread.c) ------------------------------------------------------------------------ */
 /* With all signals blocked; name: 15 characters, constant. 0 or -errno. */

@@ -436,7 +436,7 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	memset(&r->sticky, 0, sizeof r->sticky);
 	r->cache = c;
 	r->shared = c ? c->shared : NULL;
-	r->lost = 0;
+	atomic_store(&r->lost, 0);
 
 	rc = ctl_map(r);
 	if (rc < 0)
@@ -468,6 +468,8 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	span_insert(r);
 	uvm_space.nr_regions++;
 	*ret = r;
+	if (!uvm_service_check(r->service)) /* lost before it stood in the list */
+		uvm_region_lose(r);
 	return 0;
 stop:
 	uvm_service_stop(r->service);
@@ -487,6 +489,25 @@ int64_t uvm_region_create(const struct uvm_region_args *args)
 	int64_t handle = rc < 0 ? rc : uvm_region_handle(r);
 	pthread_mutex_unlock(&uvm_space.mutex);
 	return handle;
+}
+
+/* A forked child is to find it so, too. */
+static void make_inaccessible(const struct uvm_region *r)
+{
+	(void)sys_mprotect(r->start, r->len, PROT_NONE);
+	(void)sys_madvise(r->start, r->len, MADV_DOFORK);
+}
+
+void uvm_region_lose(struct uvm_region *r)
+{
+	int not_yet = 0;
+	if (!atomic_compare_exchange_strong(&r->lost, &not_yet, UVM_LOST_TO_CLOSE))
+		return;
+	r->ctl_fd = -1;
+	if (atomic_load(&r->state) == UVM_REGION_LIVE)
+		make_inaccessible(r);
+	if (!uvm_sigbus_in_force()) /* else who touches it is told */
+		uvm_region_say_lost(r);
 }
 
 int uvm_region_close_begin(int64_t handle)
@@ -515,6 +536,8 @@ int uvm_region_close_abort(int64_t handle)
 		return -ESTALE;
 	int expected = UVM_REGION_CLOSING;
 	bool was = atomic_compare_exchange_strong(&r->state, &expected, UVM_REGION_LIVE);
+	if (was && atomic_load(&r->lost) == UVM_LOST_TO_CLOSE)
+		make_inaccessible(r); /* which was put off, since it might have been unmapped */
 	uvm_region_put(r);
 	return was ? 0 : -EINVAL;
 }
@@ -633,6 +656,8 @@ void uvm_region_child_map(struct uvm_region *r)
 	/* MADV_DONTFORK left a gap here; nothing is mapped in this address space yet. */
 	if (!shared)
 		r->child_rc = 0;
+	else if (!uvm_cache_data_ours(r->cache))
+		r->child_rc = -EBADF;
 	else if (r->service == UVM_SERVICE_PYTHON) /* a place for a cache of the child's own */
 		r->child_rc =
 			sys_mmap(r->start, r->len, PROT_NONE,
@@ -791,7 +816,8 @@ int uvm_region_check(int64_t handle)
 	struct uvm_region *r = uvm_region_by_handle(handle);
 	if (!r)
 		return -ESTALE;
-	int rc = r->lost;
+	(void)uvm_service_check(r->service);
+	int rc = atomic_load(&r->lost);
 	uvm_region_put(r);
 	return rc;
 }

@@ -12,16 +12,23 @@
  * Facts about waking (2-core VM, 6.18): a handler asleep on another, idle CPU costs 65-130 us a fault,
  * one on the toucher's CPU 10-13 us, one that spins on another CPU 15-20 us.
  *   -> a toucher pinned to one CPU is followed there; else we spin for spin_ns after each fault before
- *      we sleep. An idle process sleeps in ppoll() and costs nothing. */
+ *      we sleep. An idle process sleeps in ppoll(), but for a look once a second. */
 #include "internal.h"
 
 #include <poll.h>
 #include <sys/eventfd.h>
 
-enum { TICK_MS = 10, BATCH = 64, AFFINITY_EVERY = 32, NR_INLINE = 16 };
+enum {
+	TICK_MS = 10,
+	LOOK_MS = 1000, /* when idle: a number that is another file's may never become readable */
+	BATCH = 64,
+	AFFINITY_EVERY = 32,
+	NR_INLINE = 16
+};
 
 struct service {
-	int uffd; /* -1 while not running */
+	int uffd; /* -1 while not running, and when it was lost */
+	struct uvm_file_id id;
 	int users;
 	uint64_t epoch;
 	pthread_t thread;
@@ -31,6 +38,50 @@ struct service {
 static struct service services[3] = {{.uffd = -1}, {.uffd = -1}, {.uffd = -1}};
 static int event_fd = -1; /* wakes the fault thread: stop, parked faults to run again */
 static _Atomic int stopping[3];
+
+/* ---- descriptors that the program closed ---------------------------------------------------------------- */
+static bool runs(int service)
+{
+	return uvm_service_uffd(service) >= 0;
+}
+
+static bool still_ours(int service)
+{
+	return uvm_fd_is(uvm_service_uffd(service), &services[service].id);
+}
+
+static void lose_region(struct uvm_region *r, void *arg)
+{
+	if (r->service == *(const int *)arg)
+		uvm_region_lose(r);
+}
+
+/* The numbers that are somebody else's by now are forgotten, not closed. The events' one cannot be told from
+ * others; without it the fault thread of another service is woken by its tick. */
+static void lose(int service)
+{
+	__atomic_store_n(&event_fd, -1, __ATOMIC_RELEASE);
+	int uffd = __atomic_exchange_n(&services[service].uffd, -1, __ATOMIC_ACQ_REL);
+	if (uffd < 0)
+		return;
+	uvm_for_each_region(lose_region, &service);
+	uvm_caches_lose();
+	__atomic_store_n(&uvm_space.pagemap_fd, -1, __ATOMIC_RELEASE);
+	uvm_keeper_drain(service);
+}
+
+bool uvm_service_check(int service)
+{
+	if (runs(service) && !still_ours(service))
+		lose(service);
+	return runs(service);
+}
+
+void uvm_services_check(void)
+{
+	for (int i = 0; i < 3; i++)
+		(void)uvm_service_check(i);
+}
 
 /* ---- parked faults ------------------------------------------------------------------------------------- */
 static pthread_mutex_t parked_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -103,8 +154,10 @@ void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 void uvm_poke_fault_thread(void)
 {
 	uint64_t one = 1;
-	if (event_fd >= 0)
-		(void)!write(event_fd, &one, sizeof one);
+	int fd = __atomic_load_n(&event_fd, __ATOMIC_ACQUIRE);
+	int service = runs(UVM_SERVICE_NATIVE) ? UVM_SERVICE_NATIVE : UVM_SERVICE_INLINE;
+	if (fd >= 0 && still_ours(service))
+		(void)!write(fd, &one, sizeof one);
 }
 
 /* While the main thread waits long: Ctrl-C is looked for. Whether it is. */
@@ -215,6 +268,7 @@ static void run_job(struct uvm_executor *x, const struct job *job)
 {
 	if (job->demand) {
 		struct uvm_fault f = job->fault;
+		(void)uvm_service_check(f.service);
 		x->service = f.service;
 		uint32_t result = uvm_handle_mm_fault(x, &f);
 		if (!(result & UVM_VM_FAULT_RETRY)) {
@@ -233,6 +287,7 @@ static void run_job(struct uvm_executor *x, const struct job *job)
 	struct uvm_region *r = job->nr_pages ? uvm_region_by_handle(job->region) : NULL;
 	if (!r)
 		return;
+	(void)uvm_service_check(r->service);
 	x->service = r->service == UVM_SERVICE_INLINE ? UVM_SERVICE_NATIVE : r->service;
 	(void)uvm_fill_range(x, &r, job->index, job->nr_pages, false, NULL);
 	if (r)
@@ -374,12 +429,16 @@ static int serve(struct uvm_executor *x, int uffd, struct follower *fo)
 
 static void wait_for_work(int uffd, bool tick)
 {
-	struct pollfd fds[2] = {{.fd = uffd, .events = POLLIN}, {.fd = event_fd, .events = POLLIN}};
-	struct timespec ts = {0, TICK_MS * 1000000};
-	ppoll(fds, 2, tick ? &ts : NULL, NULL);
-	if (fds[1].revents & POLLIN) {
+	int event = __atomic_load_n(&event_fd, __ATOMIC_ACQUIRE);
+	struct pollfd fds[2] = {{.fd = uffd, .events = POLLIN}, {.fd = event, .events = POLLIN}};
+	int ms = tick ? TICK_MS : LOOK_MS;
+	struct timespec ts = {ms / 1000, ms % 1000 * 1000000};
+	ppoll(fds, 2, &ts, NULL);
+	if (fds[1].revents & POLLNVAL)
+		event_fd = -1;
+	if (fds[1].revents & POLLIN && still_ours(UVM_SERVICE_NATIVE)) {
 		uint64_t count;
-		(void)!read(event_fd, &count, sizeof count);
+		(void)!read(event, &count, sizeof count);
 	}
 }
 
@@ -395,12 +454,18 @@ static void *fault_main(void *arg)
 	uint64_t spin_until = 0, next_tick = 0;
 	bool watching = false;
 	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
-		if (serve(x, uffd, &fo) > 0) {
+		if (!uvm_service_check(UVM_SERVICE_NATIVE))
+			break;
+		bool served = serve(x, uffd, &fo) > 0;
+		if (served) {
 			/* On the toucher's own CPU spinning would only keep it from running, and next to
 			 * busy workers it would keep one of them from it. */
 			bool spin = spin_ns && fo.pinned < 0 && !atomic_load(&nr_jobs);
 			spin_until = spin ? sys_now_ns() + spin_ns : 0;
-		} else if (!spin_until || sys_now_ns() > spin_until) {
+		}
+		/* Whether more has come for a pinned toucher, ppoll() says: it waits for our CPU meanwhile. */
+		if (served ? fo.pinned >= 0 && !atomic_load(&nr_parked)
+			   : !spin_until || sys_now_ns() > spin_until) {
 			spin_until = 0;
 			wait_for_work(uffd, atomic_load(&nr_parked) > 0 || watching);
 			if (atomic_load(&nr_parked))
@@ -434,8 +499,10 @@ static void *inline_events_main(void *arg)
 	while (!atomic_load(&stopping[UVM_SERVICE_INLINE])) {
 		struct pollfd fds[1] = {{.fd = uffd, .events = POLLIN}};
 		ppoll(fds, 1, &(struct timespec){0, 200000000}, NULL);
-		while (read(uffd, &m, sizeof m) > 0)
+		while (uvm_service_check(UVM_SERVICE_INLINE) && read(uffd, &m, sizeof m) > 0)
 			;
+		if (uvm_service_uffd(UVM_SERVICE_INLINE) < 0)
+			break;
 		watch_interrupts(UVM_SERVICE_INLINE);
 	}
 	uvm_interrupt_watch(UVM_SERVICE_INLINE, false);
@@ -473,6 +540,10 @@ int uvm_inline_fault(uint64_t address, bool write)
 	if (!r)
 		return 0;
 	bool ours = r->service == UVM_SERVICE_INLINE;
+	if (ours && !uvm_service_check(UVM_SERVICE_INLINE)) {
+		uvm_region_put(r);
+		return 1; /* the instruction runs again, into memory that is inaccessible */
+	}
 	uint64_t index = (address - r->start) >> UVM_PAGE_SHIFT;
 	/* SIGBUS does not say what kind of fault it was; the tables do: a write to a page that we keep
 	 * write-protected, a page of the cache that is not mapped here, or a missing one. */
@@ -523,6 +594,8 @@ static int uffd_open(int service)
 	if (fd < 0)
 		return fd;
 	int rc = sys_uffd_api(fd, &features, &ioctls);
+	if (rc == 0)
+		rc = uvm_file_id(fd, &services[service].id);
 	if (rc < 0) {
 		close(fd);
 		return rc;
@@ -532,7 +605,7 @@ static int uffd_open(int service)
 
 int uvm_service_uffd(int service)
 {
-	return services[service].uffd;
+	return __atomic_load_n(&services[service].uffd, __ATOMIC_ACQUIRE);
 }
 
 uint64_t uvm_service_epoch(int service)
@@ -551,9 +624,9 @@ int uvm_python_uffd(void)
 static int threads_start(int service)
 {
 	struct service *s = &services[service];
-	int rc = 0;
-	if (service == UVM_SERVICE_PYTHON)
-		return 0;
+	int rc = uvm_keeper_start(service, s->uffd);
+	if (service == UVM_SERVICE_PYTHON || rc < 0)
+		return rc;
 	if (event_fd < 0)
 		event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	if (event_fd < 0)
@@ -596,6 +669,7 @@ static void threads_stop(int service)
 		pthread_join(s->thread, NULL);
 		s->has_thread = false;
 	}
+	uvm_keeper_stop(service);
 	executors_put(service);
 	if (!services[UVM_SERVICE_NATIVE].has_thread && !services[UVM_SERVICE_INLINE].has_thread) {
 		workers_end();
@@ -611,12 +685,15 @@ static void threads_stop(int service)
 int uvm_service_start(int service)
 {
 	struct service *s = &services[service];
-	if (s->users++)
+	(void)uvm_service_check(service);
+	if (s->users++ && s->uffd >= 0)
 		return 0;
 	if (!uvm_space.configured) {
 		s->users--;
 		return -ENOTCONN;
 	}
+	if (s->users > 1)
+		threads_stop(service); /* its regions are inaccessible; a new one begins */
 	int fd = uffd_open(service);
 	if (fd < 0) {
 		s->users--;
@@ -639,9 +716,11 @@ void uvm_service_stop(int service)
 	struct service *s = &services[service];
 	if (--s->users)
 		return;
+	(void)uvm_service_check(service);
 	threads_stop(service);
 	/* No region is registered any more: this close can let nobody read zeros. */
-	close(s->uffd);
+	if (s->uffd >= 0)
+		close(s->uffd);
 	s->uffd = -1;
 }
 
@@ -661,6 +740,7 @@ void uvm_service_parent(void)
 int uvm_service_child_uffds(void)
 {
 	int first = 0;
+	uvm_keepers_child();
 	nr_workers = 0;
 	queue_head[0] = queue_tail[0] = queue_head[1] = queue_tail[1] = 0;
 	atomic_store(&nr_jobs, 0);
@@ -705,7 +785,7 @@ int uvm_service_child_threads(void)
 		uvm_executor_deinit(&worker_executors[i]);
 	for (int i = 0; i < 3; i++) {
 		executors_put(i); /* copies of the parent's */
-		if (services[i].uffd < 0 || i == UVM_SERVICE_PYTHON)
+		if (services[i].uffd < 0)
 			continue;
 		int rc = threads_start(i);
 		if (rc < 0 && first == 0)
@@ -733,7 +813,7 @@ void uvm_process_stats(struct uvm_process_stats *out)
 	out->nr_regions = uvm_space.nr_regions;
 	out->nr_caches = uvm_space.nr_caches;
 	out->nr_forked = uvm_space.nr_forked;
-	out->nr_threads = (uint64_t)nr_workers;
+	out->nr_threads = (uint64_t)(nr_workers + uvm_nr_keepers());
 	for (int i = 0; i < 3; i++) {
 		out->nr_threads += services[i].has_thread;
 		out->nr_fds += services[i].uffd >= 0;

@@ -315,6 +315,11 @@ static inline uint32_t sys_gettid(void)
 	return (uint32_t)syscall(SYS_gettid);
 }
 
+static inline int sys_close_range(unsigned first, unsigned last, unsigned flags)
+{
+	return uvm_rc(syscall(SYS_close_range, first, last, flags));
+}
+
 static inline uint64_t sys_now_ns(void)
 {
 	struct timespec ts;

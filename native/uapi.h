@@ -52,6 +52,14 @@ _Static_assert(UVM_PAGEMAP_SCAN == 0xc0606610u, "PAGEMAP_SCAN");
 #define UVM_PM_SWAP (1ull << 62)
 #define UVM_PM_PRESENT (1ull << 63)
 
+/* <linux/close_range.h>, 5.9 */
+#ifndef CLOSE_RANGE_UNSHARE
+#define CLOSE_RANGE_UNSHARE (1u << 1)
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
 /* <asm-generic/mman-common.h>, 6.13 */
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102

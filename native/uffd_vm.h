@@ -145,6 +145,7 @@ int uvm_cache_ctl_fd(int cache);
 int uvm_cache_file_fd(int cache);
 struct uvm_cache_ctl *uvm_cache_ctl(int cache);
 uint32_t *uvm_cache_folios(int cache);
+int uvm_cache_check(int cache); /* -EBADFD: the program closed its descriptors */
 
 /* ---- regions ---------------------------------------------------------------------------------- */
 enum uvm_service_kind { UVM_SERVICE_NATIVE, UVM_SERVICE_PYTHON, UVM_SERVICE_INLINE };
@@ -173,7 +174,13 @@ int uvm_region_close_abort(int64_t region);
 int uvm_region_close_end(int64_t region);
 struct uvm_region_ctl *uvm_region_ctl(int64_t region); /* NULL if stale */
 uint8_t *uvm_region_ptes(int64_t region);
-/* 0; -ESTALE; in a forked child also the -errno for which it could not be served there, and what to say. */
+/* 0; -ESTALE; or why it was made inaccessible in this process, and what to say: one of these, or in a forked
+ * child the -errno for which it could not be served there. */
+enum uvm_lost {
+	UVM_LOST_TO_SERVICE = -66, /* -EREMOTE: the parent's Python service writes its pages back */
+	UVM_LOST_TO_CLOSE =
+		-77 /* -EBADFD: the program closed the descriptors that it is served by */
+};
 int uvm_region_check(int64_t region);
 const char *uvm_lost_reason(int err);
 /* Waits (20 ms at most) for executors that are inside the region. A commit wakes the toucher before the

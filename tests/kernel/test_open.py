@@ -152,3 +152,17 @@ def test_without_privilege_only_user_mode_faults_are_served(run_in_child):
 
 def test_register_modes_are_named_as_in_the_kernel():
     assert [m.value for m in RegisterMode] == [1, 2, 4]
+
+
+def test_each_userfaultfd_has_an_inode_of_its_own(raw):
+    """By which native/keeper.c tells it from a file that has its number now."""
+    other = features.open_raw(Way.SYSCALL, NONBLOCK)
+    if other < 0:
+        other = features.open_raw(Way.DEVICE, NONBLOCK)
+    copy = os.dup(raw)
+    try:
+        found = [(st.st_dev, st.st_ino) for st in map(os.fstat, (raw, copy, other))]
+        assert found[0] == found[1] != found[2]
+    finally:
+        os.close(copy)
+        os.close(other)

@@ -204,6 +204,12 @@ class PageCaches:
         # Our own write-back moves the mtime of a writable file; its lock says that it is still ours.
         key = (sharing, (version.device, version.inode, "r+") if writable else version)
         cache = self._caches.get(key)
+        if cache is not None and lib.uvm_cache_check(cache.id) < 0:
+            # The program closed its descriptors; its regions are inaccessible. This is not one of them.
+            del self._caches[key]
+            cache.key = ("lost", cache.id)
+            self._caches[cache.key] = cache
+            cache = None
         if cache is None:
             if writable:
                 lock_for_writing(fd, path, shared=False)

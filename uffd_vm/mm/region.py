@@ -322,7 +322,9 @@ class Region:
         raises; in both cases the region stays open and usable.
         """
         if not self._mapping.closed:
-            if not self._ops.lost:  # else this is a forked child, with nothing of it to write
+            if self._ops.lost:  # then there is nothing to write, or it is told
+                self._ops.flush_all()
+            else:
                 self._ops.flush(0, self.nr_pages)
                 self._ops.flush_late = True
             self._mapping.close()

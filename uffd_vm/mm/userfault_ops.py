@@ -64,6 +64,8 @@ class UserfaultOps(Memory):
         self._request = request  # service="python": the process does it
         self._handlers = handlers  # service="inline": who serves it
         self._user_mode_only = user_mode_only  # faults of system calls are not served
+        self._lost = False
+        self._forked = False
 
     @property
     def handle(self) -> int:
@@ -75,11 +77,17 @@ class UserfaultOps(Memory):
 
     # --- life -------------------------------------------------------------------------------------
 
+    @property
+    def lost(self) -> bool:
+        if not self._lost and not self.closed:
+            self._lost = lib.uvm_region_check(self.handle) not in (0, -errno.ESTALE)
+        return self._lost
+
     def in_forked_child(self) -> None:
         # The fault-service process is the parent's; here native code serves.
         self._request = None
         self._before_end = None
-        self.lost = not self.closed and lib.uvm_region_check(self.handle) not in (0, -errno.ESTALE)
+        self._forked = True
 
     def close_begin(self) -> None:
         self._check(lib.uvm_region_close_begin(self.handle), "close")
@@ -107,14 +115,17 @@ class UserfaultOps(Memory):
 
     def _check_registered(self) -> None:
         super().check_open()
-        rc = lib.uvm_region_check(self.handle)
         if self.lost:
-            why = bytes(ffi.string(lib.uvm_lost_reason(-rc))).decode()
-            raise StaleRegionError(
-                f"region {self.name!r} could not be served in the forked child {os.getpid()} and was made "
-                f"inaccessible there: {why}"
-            )
-        self._check(rc, "check")
+            raise StaleRegionError(self._why_lost())
+        self._check(lib.uvm_region_check(self.handle), "check")
+
+    def _why_lost(self) -> str:
+        rc = lib.uvm_region_check(self.handle)
+        what = "could not be served in the forked child"
+        if rc == lib.UVM_LOST_TO_CLOSE:
+            what = "can no longer be served in process"
+        why = bytes(ffi.string(lib.uvm_lost_reason(-rc))).decode()
+        return f"region {self.name!r} {what} {os.getpid()} and was made inaccessible there: {why}"
 
     def check_open(self) -> None:
         self._check_registered()
@@ -283,8 +294,18 @@ class UserfaultOps(Memory):
     def flush_all(self) -> None:
         # The last chance: what else is to be told of the region does not keep changes from going home.
         super().check_open()
-        if not self.lost:  # else it goes home from the parent
+        if not self.lost:
             self._write_back(0, self.nr_pages)
+        elif (
+            not self._forked
+            and self._shared
+            and self._writable
+            and self.cache
+            and self.cache.dirty_bytes
+        ):
+            raise StaleRegionError(
+                f"{self._why_lost()}. What was written to it since the last flush() is lost; discard() it"
+            )  # in a forked child it goes home from the parent
 
     def _write_back(self, index: int, nr_pages: int) -> None:
         if not (self._shared and self._writable):

@@ -44,8 +44,12 @@ class VmOps(Protocol):
 
     name: str
     flush_late: bool
-    lost: bool
     home: tuple[str, FileVersion] | None
+
+    @property
+    def lost(self) -> bool:
+        """It was made inaccessible in this process; the calls below say why."""
+        ...
 
     @property
     def handle(self) -> int:
@@ -102,12 +106,15 @@ class Memory(abc.ABC):
         self.nbytes = nbytes
         self.nr_pages = nr_pages(nbytes)
         self.closed = False
-        self.lost = False  #: a forked child did not inherit it
         self.flush_late = False  #: close() writes back what came after its flush()
         self.home: tuple[str, FileVersion] | None = None  #: mode "r+": where changes go
 
     @property
     def asks_process(self) -> bool:
+        return False
+
+    @property
+    def lost(self) -> bool:
         return False
 
     @property

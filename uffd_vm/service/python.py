@@ -92,6 +92,7 @@ class PythonService:
             undo.callback(os.close, self._pidfd)
             self._socket = ours
             self._agent_socket = agent_ours
+            self._identity = _identity(ours.fileno())
             # Opened here: a pagemap is of the memory of whoever opened it.
             pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -215,11 +216,31 @@ class PythonService:
         """In a forked child: drops our copies of the sockets; the process is the parent's."""
         if self._closed:
             return
+        if not self.has_descriptors:
+            self._abandon()
+            return
         self._closed = True
         self._socket.close()
         self._agent_socket.close()
         os.close(self._pidfd)
         self._process.returncode = 0  # not our child: nothing to reap, nothing to warn of
+
+    @property
+    def has_descriptors(self) -> bool:
+        """False once the program has closed numbers that are not its own: ours may be other files now."""
+        return self._closed or _identity(self._socket.fileno()) == self._identity
+
+    def _abandon(self) -> None:
+        """Without its descriptors: the process has seen its end of them closed, and ends. None is closed
+        here, where the number may be another file's."""
+        if self._closed:
+            return
+        self._closed = True
+        lib.uvm_agent_stop()
+        self._socket.detach()
+        self._agent_socket.detach()
+        if self._process.poll() is None:
+            self._process.returncode = 0  # nothing to warn of
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -333,6 +354,15 @@ def _check(rc: int) -> int:
     return rc
 
 
+def _identity(fd: int) -> tuple[int, int] | None:
+    """Of the file that a number stands for; None: of none."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 # --- the one service of this process ------------------------------------------------------------
 
 _service: PythonService | None = None
@@ -347,7 +377,7 @@ def python_service() -> PythonService:
     """
     global _service
     with _service_lock:
-        dead = _service
+        dead = _running()
         if dead is not None and dead.alive:
             return dead
         if dead is not None and not dead._closed:
@@ -361,12 +391,22 @@ def python_service() -> PythonService:
 def running_service() -> PythonService | None:
     """The service of this process as it is, dead or alive; None where there is none."""
     with _service_lock:
-        return _service
+        return _running()
+
+
+def _running() -> PythonService | None:
+    """The lock is held."""
+    global _service
+    if _service is not None and not _service.has_descriptors:
+        _service._abandon()
+        _service = None
+    return _service
 
 
 def _close_at_exit() -> None:
-    if _service is not None:
-        _service.close()
+    service = running_service()
+    if service is not None:
+        service.close()
 
 
 def _after_fork_in_child() -> None:
