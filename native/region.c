@@ -995,10 +995,21 @@ static bool page_pinned(const struct uvm_region *r, uint64_t index)
 	       uvm_cache_pinned(r->cache, r->pgoff + index);
 }
 
+/* Takes back what was armed of [index, end), so that what was written of it is still known as such. */
+static void unprotect(struct uvm_region *r, uint64_t index, uint64_t end, const uint8_t *written)
+{
+	for (uint64_t i = uvm_next_touched(r, index); i < end; i = uvm_next_touched(r, i + 1))
+		if (written[i - index] && atomic_load(&r->ptes[i]) == UVM_PTE_WRITE_PROTECTED &&
+		    sys_uffd_writeprotect(uvm_service_uffd(r->service), uvm_region_addr(r, i),
+					  UVM_PAGE, 0) >= 0)
+			uvm_set_pte(r, i, UVM_PTE_PRESENT);
+}
+
 /* Write tracking: from here on a store to any present page faults, save pinned ones, which go on counting as
  * written. Commits are kept out while the range is armed (all page-table locks), so that no page is armed in
- * the kernel and published as writable. */
-int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages)
+ * the kernel and published as writable; and what was writable until it was armed is `written`: a store comes
+ * before the arming of its page, or faults. */
+int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages, uint8_t *written)
 {
 	struct uvm_region *r = uvm_region_by_handle(handle);
 	if (!r)
@@ -1018,20 +1029,26 @@ int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages)
 		unsigned pte = atomic_load(&r->ptes[i]);
 		unsigned to = pte == UVM_PTE_PRESENT ? UVM_PTE_WRITE_PROTECTED : UVM_PTE_ZERO_WP;
 		uint64_t run = i + 1;
-		if ((pte != UVM_PTE_PRESENT && pte != UVM_PTE_ZERO) || page_pinned(r, i)) {
-			i = uvm_next_touched(r, i + 1);
-			continue;
-		}
-		while (run < end && atomic_load(&r->ptes[run]) == pte && !page_pinned(r, run))
+		bool armable =
+			(pte == UVM_PTE_PRESENT || pte == UVM_PTE_ZERO) && !page_pinned(r, i);
+		while (armable && run < end && atomic_load(&r->ptes[run]) == pte &&
+		       !page_pinned(r, run))
 			run++;
-		rc = sys_uffd_writeprotect(uffd, uvm_region_addr(r, i), (run - i) << UVM_PAGE_SHIFT,
-					   UFFDIO_WRITEPROTECT_MODE_WP);
-		if (rc < 0)
-			break;
-		uvm_set_ptes(r, i, run - i, to);
-		armed += (int64_t)(run - i);
+		if (armable) {
+			rc = sys_uffd_writeprotect(uffd, uvm_region_addr(r, i),
+						   (run - i) << UVM_PAGE_SHIFT,
+						   UFFDIO_WRITEPROTECT_MODE_WP);
+			if (rc < 0)
+				break;
+			uvm_set_ptes(r, i, run - i, to);
+			armed += (int64_t)(run - i);
+		}
+		if (written && pte == UVM_PTE_PRESENT)
+			memset(&written[i - index], 1, run - i);
 		i = uvm_next_touched(r, run);
 	}
+	if (rc < 0 && written)
+		unprotect(r, index, end, written);
 	uvm_ptl_unlock_all();
 	uvm_region_put(r);
 	return rc < 0 ? rc : armed;

@@ -202,7 +202,8 @@ int64_t uvm_region_evict(int64_t region, uint64_t index, uint64_t nr_pages); /* 
 int uvm_region_pin(int64_t region, uint64_t index, uint64_t nr_pages);
 int uvm_region_unpin(int64_t region, int pin); /* of this process; another's is left alone */
 int uvm_region_flush(int64_t region, uint64_t index, uint64_t nr_pages); /* durable on return */
-int64_t uvm_region_protect(int64_t region, uint64_t index, uint64_t nr_pages); /* pages armed */
+/* Returns pages armed; written[i], unless it is NULL: 1 if page index + i was writable until then. */
+int64_t uvm_region_protect(int64_t region, uint64_t index, uint64_t nr_pages, uint8_t *written);
 /* One PteState byte a page, as the next fault would find it (page-table entry joined with the folio). */
 int uvm_region_walk(int64_t region, uint64_t index, uint64_t nr_pages, uint8_t *states);
 int64_t uvm_region_resident(int64_t region); /* pages that take memory for this region's range */

@@ -71,14 +71,14 @@ static void tracking_goes_on_in_the_child(int kind)
 	struct region r = region_make(kind, fd, NR, (struct options){0});
 	for (uint64_t p = 0; p < NR; p++)
 		poke(&r, p, 0, p);
-	CHECK_EQ(uvm_region_protect(r.handle, 0, NR), NR);
+	CHECK_EQ(uvm_region_protect(r.handle, 0, NR, NULL), NR);
 	pid_t pid = fork();
 	if (pid == 0) {
 		alarm(30);
 		const uint8_t *ptes = uvm_region_ptes(r.handle);
 		for (uint64_t p = 0; p < NR; p += 2)
 			poke(&r, p, 1, 1);
-		CHECK_EQ(uvm_region_protect(r.handle, 0, 0), 0);
+		CHECK_EQ(uvm_region_protect(r.handle, 0, 0, NULL), 0);
 		for (uint64_t p = 0; p < NR; p++)
 			CHECK_EQ(ptes[p] == UVM_PTE_PRESENT, p % 2 == 0);
 		_exit(0);
@@ -178,7 +178,7 @@ static void *churn_main(void *arg)
 		CHECK(uvm_region_evict(b->r.handle, 0, NR) >= 0);
 		CHECK_EQ(uvm_region_flush(b->r.handle, 0, NR), 0);
 		if (kind_tracked(b->r.kind))
-			CHECK(uvm_region_protect(b->r.handle, 0, NR) >= 0);
+			CHECK(uvm_region_protect(b->r.handle, 0, NR, NULL) >= 0);
 		CHECK_EQ(uvm_region_load(b->r.handle, 0, 64, &failed), 0);
 	}
 	return NULL;

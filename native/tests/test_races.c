@@ -62,7 +62,7 @@ static void *churner_main(void *arg)
 			CHECK_EQ(uvm_region_flush(h, p, n), 0);
 			break;
 		case 2:
-			rc = uvm_region_protect(h, p, n);
+			rc = uvm_region_protect(h, p, n, NULL);
 			CHECK(kind_tracked(race.r.kind) ? rc >= 0 : rc == -EOPNOTSUPP);
 			break;
 		case 3:

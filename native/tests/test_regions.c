@@ -83,12 +83,12 @@ static void protect_finds_stores(int kind)
 	for (uint64_t p = 50; p < 60; p++)
 		poke(&r, p, 0, 1);
 	EVENTUALLY(counter(&r, UVM_COUNTER_PGFAULT) == 60); /* counted last */
-	CHECK(uvm_region_protect(r.handle, 0, NR) >= 10);
+	CHECK(uvm_region_protect(r.handle, 0, NR, NULL) >= 10);
 	uint64_t dirtied = counter(&r, UVM_COUNTER_DIRTIED);
 	for (uint64_t p = 0; p < 60; p += 2)
 		poke(&r, p, 0, p + 1000);
 	EVENTUALLY(counter(&r, UVM_COUNTER_DIRTIED) == dirtied + 30);
-	CHECK(uvm_region_protect(r.handle, 0, 0) == 0); /* waits until all is published */
+	CHECK(uvm_region_protect(r.handle, 0, 0, NULL) == 0); /* waits until all is published */
 	const uint8_t *ptes = uvm_region_ptes(r.handle);
 	for (uint64_t p = 0; p < 60; p++)
 		CHECK_EQ(ptes[p] == UVM_PTE_PRESENT, p % 2 == 0);

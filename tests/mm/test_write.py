@@ -7,13 +7,18 @@ import errno
 import gc
 import mmap
 import os
+import random
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 
 import numpy as np
 import pytest
 
 import uffd_vm as uv
+from tests.support import run_in_child
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.inject import inject
 from uffd_vm.testing.invariants import check_all
@@ -305,6 +310,95 @@ def test_dirty_tells_what_was_written_since_protect(tracked):
     assert tracked.dirty() == P(6, 39)
     check_all(tracked)
     mv.release()
+
+
+def test_dirty_with_reset_tells_and_starts_anew(tracked):
+    mv = tracked.buffer
+    for page in range(1, 39):
+        mv[page * PAGE_SIZE] = 1
+    assert tracked.dirty() == tracked.dirty(reset=True) == [(PAGE_SIZE, 39 * PAGE_SIZE)]
+    assert tracked.dirty(reset=True) == tracked.dirty() == []
+    check_all(tracked)
+    mv[0] = mv[7 * PAGE_SIZE] = mv[8 * PAGE_SIZE] = 2
+    mv[30 * PAGE_SIZE] = 2
+    assert tracked.dirty((0, 8 * PAGE_SIZE), reset=True) == P(0, 7)
+    assert tracked.dirty(reset=True) == P(8, 30)
+    bytes(mv)
+    assert tracked.dirty((0, 0), reset=True) == tracked.dirty(reset=True) == []
+    mv.release()
+
+
+def test_dirty_with_reset_that_fails_loses_nothing(tracked):
+    mv = tracked.buffer
+    written = [1, 2, 5, 9, 10, 11, 30]
+    for page in written:
+        mv[page * PAGE_SIZE] = 1
+    before = tracked.dirty()
+    for skip in range(4):  # each run of pages is a call of its own
+        with inject("WRITEPROTECT", errno.ENOMEM, skip=skip):
+            with pytest.raises(uv.UffdVmError, match="protect"):
+                tracked.dirty(reset=True)
+        assert tracked.dirty() == before
+        check_all(tracked)
+    assert tracked.dirty(reset=True) == before
+    mv.release()
+
+
+def test_dirty_with_reset_is_refused_where_it_would_be_two_steps():
+    with uv.anonymous(4 * PAGE_SIZE, track=True, service="python") as region:
+        with pytest.raises(uv.FeatureUnavailable, match="service='native'"):
+            region.dirty(reset=True)
+
+
+def in_child_checkpoint_while_it_is_written(service: str, kind: str) -> int:
+    """Threads store into pages while this one copies what `dirty(reset=True)` tells; the copy is the
+    memory in the end. How many pages were copied."""
+    nr_pages, copied = 64, 0
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(nr_pages * PAGE_SIZE)
+        region = (
+            uv.anonymous(nr_pages * PAGE_SIZE, track=True, service=service)
+            if kind == "anonymous"
+            else uv.map(file.name, "c", track=True, service=service)
+        )
+        with region:
+            buffer, stop = region.buffer, threading.Event()
+            view = buffer.cast("Q")
+            copy = bytearray(len(buffer))
+
+            def store(seed: int) -> None:
+                draw = random.Random(seed)
+                while not stop.is_set():
+                    view[draw.randrange(len(view))] = draw.getrandbits(64)
+
+            def checkpoint() -> int:
+                pages = 0
+                for a, b in region.dirty(reset=True):
+                    copy[a:b] = buffer[a:b]
+                    pages += (b - a) // PAGE_SIZE
+                return pages
+
+            threads = [threading.Thread(target=store, args=(i,)) for i in range(3)]
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                copied += checkpoint()
+            stop.set()
+            for thread in threads:
+                thread.join()
+            copied += checkpoint()
+            assert copy == bytes(buffer)
+            assert region.dirty() == []
+            view.release()
+            buffer.release()
+    return copied
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "c"])
+@pytest.mark.parametrize("service", ["native", "inline"])
+def test_a_checkpoint_of_memory_that_is_written_loses_no_store(service, kind):
+    assert run_in_child(in_child_checkpoint_while_it_is_written, service, kind).value > 64
 
 
 def test_writes_to_pages_never_touched_are_seen(tracked):

@@ -125,7 +125,7 @@ class KernelOps(Memory):
             os.fsync(self._fd)
             self._check_home()
 
-    def protect(self, index: int, nr_pages: int) -> int:
+    def protect(self, index: int, nr_pages: int, written: mmap.mmap | None = None) -> int:
         self.check_open()
         raise FeatureUnavailable(
             f"region {self.name!r} is served by the kernel, which tells us of no write; map it with "

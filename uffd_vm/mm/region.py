@@ -7,6 +7,7 @@ may die before its views: the Mapping lives on. Ranges are bytes of the region: 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -265,22 +266,40 @@ class Region:
         index, nr_pages = self._span(range)
         return self._ops.protect(index, nr_pages) * PAGE_SIZE if nr_pages else 0
 
-    def dirty(self, range: RangeArgument = None) -> list[tuple[int, int]]:
+    def dirty(self, range: RangeArgument = None, *, reset: bool = False) -> list[tuple[int, int]]:
         """Half-open ranges of bytes, by whole pages, written since the region was made or `protect()`
         was last called on them; in mode "r+" also: since they were last written back.
 
-        Raises InvalidArgument without track=True.
+        reset=True also starts a new period, as `protect()` does, and in one step: a store that another
+        thread makes meanwhile is in this answer or in the next, never in neither. The order for a
+        checkpoint is therefore reset first, then copy: what is stored while you copy comes again. Where
+        it fails nothing of what it would have told is lost. Follows PAGEMAP_SCAN with
+        PM_SCAN_WP_MATCHING.
+
+        Raises InvalidArgument without track=True, FeatureUnavailable for reset=True with
+        service="python".
         """
         self._need_tracking("dirty")
         index, nr_pages = self._span(range)
+        if not nr_pages:
+            return []
         found: list[tuple[int, int]] = []
-        for start in _steps(index, index + nr_pages):
-            states = self._ops.ptes(start, min(_WALK_PAGES, index + nr_pages - start))
-            for run in _RUNS.finditer(states.translate(_WRITTEN)):
+
+        def add(start: int, written: bytes | mmap.mmap) -> None:
+            for run in _RUNS.finditer(written):
                 a, b = (start + run.start()) * PAGE_SIZE, (start + run.end()) * PAGE_SIZE
                 if found and found[-1][1] == a:
                     a = found.pop()[0]
                 found.append((a, min(b, self.nbytes)))
+
+        if reset:
+            written = mmap.mmap(-1, nr_pages, mmap.MAP_PRIVATE)  # takes what was written of it
+            self._ops.protect(index, nr_pages, written)
+            add(index, written)
+        else:
+            for start in _steps(index, index + nr_pages):
+                states = self._ops.ptes(start, min(_WALK_PAGES, index + nr_pages - start))
+                add(start, states.translate(_WRITTEN))
         return found
 
     # --- what is known ------------------------------------------------------------------------------

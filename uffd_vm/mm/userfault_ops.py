@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from uffd_vm.errors import BudgetExceeded, StaleRegionError, UffdVmError
+from uffd_vm.errors import BudgetExceeded, FeatureUnavailable, StaleRegionError, UffdVmError
 from uffd_vm.fault.settle import EHWPOISON
 from uffd_vm.kernel._lib import CData, check, ffi, lib
 from uffd_vm.kernel.mapping import PageCategory
@@ -316,11 +317,17 @@ class UserfaultOps(Memory):
             self._raise_errno(rc, "write-back failed", None, cure=_KEEP_CHANGES)
         self._check_home()
 
-    def protect(self, index: int, nr_pages: int) -> int:
+    def protect(self, index: int, nr_pages: int, written: mmap.mmap | None = None) -> int:
         self._check_sticky()
+        if self._request and written is not None:
+            raise FeatureUnavailable(
+                f"dirty(reset=True): region {self.name!r} is served by a process, which arms pages and "
+                "tells of them in two steps; map it with service='native' or 'inline'"
+            )
         if self._request:
             return self._ask("protect", index, nr_pages)
-        return self._check(lib.uvm_region_protect(self.handle, index, nr_pages), "protect")
+        into = ffi.NULL if written is None else ffi.from_buffer("uint8_t[]", written)
+        return self._check(lib.uvm_region_protect(self.handle, index, nr_pages, into), "protect")
 
     def _wait_published(self) -> None:
         """The ioctl that grants a store wakes the storing thread; that the page is dirty is published
