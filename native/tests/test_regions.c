@@ -128,7 +128,8 @@ static void sequential_reads_run_ahead(int kind)
 	for (uint64_t p = 0; p < MANY; p++)
 		CHECK_EQ(peek(&r, p, 9), word_of(p, 0));
 	CHECK(counter(&r, UVM_COUNTER_READAHEAD) > 0);
-	CHECK(counter(&r, UVM_COUNTER_READAHEAD) <= MANY);
+	/* What was asked for: of a block that the reader has reached meanwhile the rest is asked for again. */
+	CHECK(counter(&r, UVM_COUNTER_READAHEAD) <= 2 * MANY);
 	CHECK(counter(&r, UVM_COUNTER_PGFAULT) < MANY / 16);
 	region_close(&r);
 	close(fd);
