@@ -8,6 +8,9 @@
  * - The death of a reader leaves its threads asleep: messages that it had read are gone. So first
  *   everything is woken, which makes every waiter fault again; then each fault is failed by poison, until
  *   uvm_agent_stop(). The uffd stays open all the time: closing it would let waiters read zeros.
+ * - A process that reads faults before it knows the regions only wakes the threads, which fault again, and
+ *   one of them may hold the GIL that telling it of the regions needs. So it begins when we ask it for the
+ *   first time, which is when it has all of them; until then the dead one's faults are failed.
  * - Our own mremap() (failure.c) waits until its event is read: from then on, here.
  * - A process may live and say nothing (SIGSTOP, a hung file system): whoever waits for it would wait for
  *   ever. So while anybody waits it is asked for a sign of life; silent for as long as the shortest
@@ -363,6 +366,7 @@ static void fail_for_the_dead(void)
 static void *agent_main(void *arg)
 {
 	(void)arg;
+	ask_for_life(); /* the first one: from here on it reads faults */
 	if (serve_the_living())
 		fail_for_the_dead();
 	watch(false);

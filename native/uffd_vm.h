@@ -278,7 +278,8 @@ struct uvm_agent_reply {
 	uint32_t seq; /* of the request, which is never 0 */
 	int32_t rc;
 };
-enum { UVM_AGENT_ASK = 0 }; /* as seq: no reply, the agent asks for a sign of life */
+/* As seq: no reply, the agent asks for a sign of life. The first one says: begin to read faults. */
+enum { UVM_AGENT_ASK = 0 };
 
 /* ---- this process ----------------------------------------------------------------------------- */
 struct uvm_config {

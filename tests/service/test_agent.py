@@ -27,6 +27,7 @@ class Peer:
         pidfd = os.pidfd_open(self.process.pid)
         assert lib.uvm_agent_start(theirs.fileno(), pidfd) == 0
         assert lib.uvm_agent_start(theirs.fileno(), pidfd) == -errno.EBUSY
+        assert self.socket.recv(8) == bytes(8)  # it asks whether we live: now we may read faults
         theirs.close()  # the agent has copies
         os.close(pidfd)
         self.seq = 0

@@ -315,17 +315,64 @@ def test_restart_that_fails_leaves_nobody_waiting() -> None:
                 with within(1):
                     raises(uv.PagerDied, lambda: bytes(b[9 * PAGE : 10 * PAGE]))
             python._spawn = spawn
-            attach = python.PythonService.attach
+            hand_over = python.PythonService._hand_over
             def fails(self, region):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            python.PythonService.attach = fails
+            python.PythonService._hand_over = fails
             raises(OSError, region.load)
             with within(1):
                 raises(uv.PagerDied, lambda: bytes(b[9 * PAGE : 10 * PAGE]))
-            python.PythonService.attach = attach
+            python.PythonService._hand_over = hand_over
             region.load()
             assert bytes(b) == data
             b.release()
+        """
+    )
+
+
+def test_touch_with_the_gil_while_another_takes_over_is_told_at_once() -> None:
+    """The new process must not read faults of regions of which this interpreter has still to tell it."""
+    run(
+        """
+        from uffd_vm.service.fault_service import protocol
+        with uv.map(file.name, service="python", deadline=2, fault_around_bytes=PAGE) as region:
+            b = region.buffer
+            attach_message, told = protocol.attach_message, []
+            def touch_first(descriptor):
+                told.append(raises(uv.PagerDied, lambda: bytes(b[9 * PAGE : 9 * PAGE + 8])))
+                return attach_message(descriptor)
+            protocol.attach_message = touch_first
+            python_service().kill()
+            with within(10):
+                region.load()
+            assert len(told) == 1 and bytes(b) == data
+            b.release()
+        """,
+        timeout=30,
+    )
+
+
+def test_region_that_goes_while_another_takes_over_is_gone_there_too() -> None:
+    run(
+        """
+        from uffd_vm.service.fault_service import protocol
+        keeps = uv.map(file.name, service="python")
+        goes = uv.anonymous(4 * PAGE, service="python")
+        attach_message, threads = protocol.attach_message, []
+        def close_first(descriptor):
+            if not threads:
+                threads.append(threading.Thread(target=goes.close))
+                threads[0].start()
+                time.sleep(0.3)
+            return attach_message(descriptor)
+        old = python_service()
+        protocol.attach_message = close_first
+        old.kill()
+        keeps.load()
+        threads[0].join()
+        assert python_service() is not old
+        assert python_service().statistics()["nr_regions"] == 1
+        assert bytes(keeps.buffer) == data
         """
     )
 

@@ -73,7 +73,11 @@ class RegionDescriptor:
 class PythonService:
     """One fault-service process and the way to talk to it. Thread-safe; `close()` is idempotent."""
 
-    def __init__(self) -> None:
+    def __init__(self, dead: PythonService | None = None) -> None:
+        """Serves what the dead one did: it has all regions before it reads the first fault, since it would
+        only wake a thread that touches another, again and again, and that thread may hold the GIL that
+        we need to go on. Until then the agent of the dead one fails every fault; so it does on, and the
+        regions stay there, if this one does not come up."""
         self._lock = threading.Lock()
         self._next_id = 0
         self._closed = False
@@ -88,6 +92,7 @@ class PythonService:
             with theirs, agent_theirs:
                 self._process = _spawn(theirs, agent_theirs)
             undo.callback(_end, self._process)
+            undo.callback(self._process.kill)
             self._pidfd = os.pidfd_open(self._process.pid)
             undo.callback(os.close, self._pidfd)
             self._socket = ours
@@ -100,9 +105,16 @@ class PythonService:
                 self._call({"op": "hello", "path": sys.path}, fds)
             finally:
                 os.close(pagemap)
+            for region in dead.regions() if dead is not None else ():
+                self._hand_over(region)
+                self._regions[region.handle] = region
+            # From here on it reads faults: the agent tells it to, not we.
             _check(lib.uvm_agent_start(agent_ours.fileno(), self._pidfd))
             self._watched = True
             undo.pop_all()
+        if dead is not None:
+            dead._watched = False  # the agent is ours now
+            dead.close()
 
     @property
     def pid(self) -> int:
@@ -112,6 +124,15 @@ class PythonService:
 
     def attach(self, region: RegionDescriptor) -> None:
         """Hands the region over; on return the service answers its faults."""
+        self._regions[region.handle] = region  # now: another may take over at any time
+        try:
+            self._hand_over(region)
+        except BaseException:
+            del self._regions[region.handle]
+            self._detach_elsewhere(region.handle)
+            raise
+
+    def _hand_over(self, region: RegionDescriptor) -> None:
         fds = {"region_ctl": _check(lib.uvm_region_ctl_fd(region.handle))}
         if region.cache >= 0:
             fds["cache_ctl"] = _check(lib.uvm_cache_ctl_fd(region.cache))
@@ -121,7 +142,6 @@ class PythonService:
             if hook_fd is not None:
                 fds["hook"] = hook_fd
             self._call(protocol.attach_message(region), fds)
-        self._regions[region.handle] = region
 
     def detach(self, handle: int) -> None:
         """On return the service holds nothing of the region, and its parked faults were woken."""
@@ -129,6 +149,13 @@ class PythonService:
             return
         with contextlib.suppress(PagerDied):  # a dead process holds nothing
             self._call({"op": "detach", "region": handle})
+        self._detach_elsewhere(handle)
+
+    def _detach_elsewhere(self, handle: int) -> None:
+        """Another may have taken over meanwhile, with this region."""
+        service = running_service()
+        if service is not None and service is not self:
+            service.detach(handle)
 
     def request(self, op: str, handle: int, index: int = 0, nr_pages: int = 0) -> int:
         """One of "load", "prefetch", "flush", "evict", "protect" on pages [index, index + nr_pages).
@@ -188,20 +215,6 @@ class PythonService:
                 f"the Python fault service (pid {self.pid}) was killed and does not end: it hangs in a "
                 "system call, probably of a file system; no other may take over before it has ended"
             ) from None
-
-    def _take_over(self, dead: PythonService) -> None:
-        """Serves what the dead one did. Where that fails, this one is dead too, and still has all of
-        its regions: somebody fails their faults at any time, and the next one starts from there."""
-        dead._watched = False  # the agent is ours now
-        dead.close()
-        orphans = dead.regions()
-        self._regions.update({region.handle: region for region in orphans})
-        try:
-            for region in orphans:
-                self.attach(region)
-        except BaseException:
-            self.kill()
-            raise
 
     def __enter__(self) -> PythonService:
         return self
@@ -382,9 +395,7 @@ def python_service() -> PythonService:
             return dead
         if dead is not None and not dead._closed:
             dead.kill()
-        _service = PythonService()
-        if dead is not None:
-            _service._take_over(dead)
+        _service = PythonService(dead)
         return _service
 
 

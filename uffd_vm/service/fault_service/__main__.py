@@ -71,9 +71,14 @@ class FaultService:
         uffd, control, workers = self._uffd, self._control.fileno(), mm.workers.fd
         agent = self._agent.fileno()
         poll = select.poll()
-        for fd in (uffd, control, workers, agent):
+        for fd in (control, workers, agent):
             poll.register(fd, select.POLLIN)
+        begun = False
         while True:
+            if not begun and self._agent.watches:
+                # Not before: we have all regions of who served before us, and faults have an end if we die.
+                begun = True
+                poll.register(uffd, select.POLLIN)
             for fd, happened in poll.poll(mm.next_timeout_ms()):
                 if fd == uffd:
                     self._read_faults(mm)

@@ -30,6 +30,7 @@ class Agent:
         self._socket = sock
         self._socket.settimeout(_TIMEOUT_S)
         self._seq = 0
+        self.watches = False  # it has asked: from here on it is there if we die
 
     def fileno(self) -> int:
         """Readable when the agent asks for a sign of life."""
@@ -41,6 +42,7 @@ class Agent:
             message = self._socket.recv(_REPLY.size, socket.MSG_DONTWAIT)
             # Else the late reply to a request that we gave up, or the end: the owner's socket says so.
             if len(message) == _REPLY.size and _REPLY.unpack(message)[0] == lib.UVM_AGENT_ASK:
+                self.watches = True
                 self._socket.send(
                     _REQUEST.pack(lib.UVM_AGENT_ALIVE, 0, 0, 0, 0, 0, lib.UVM_AGENT_ASK)
                 )
@@ -72,8 +74,9 @@ class Agent:
                 if len(reply) < _REPLY.size:
                     return -errno.EPIPE
                 seq, rc = _REPLY.unpack(reply)
-                if seq == self._seq:  # else it asked for a sign of life, and has one
+                if seq == self._seq:
                     return int(rc)
+                self.watches = True  # it asked for a sign of life, and has one
         except OSError as error:
             return -(error.errno or errno.ETIMEDOUT)
 
