@@ -79,7 +79,7 @@ class World:
         stat = os.fstat(fd)
         nr_pages = -(-stat.st_size // PAGE_SIZE)
         data = os.memfd_create("data", os.MFD_CLOEXEC)
-        os.truncate(data, nr_pages * PAGE_SIZE)
+        os.write(data, bytes(nr_pages * PAGE_SIZE))  # the fake's COPY puts nothing there
         ctl = os.memfd_create("ctl", os.MFD_CLOEXEC)
         os.truncate(ctl, CTL_BYTES + 4 * nr_pages)
         head = struct.pack("<QQqQ", nr_pages, stat.st_size, stat.st_mtime_ns, cap_pages or nr_pages)

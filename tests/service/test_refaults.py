@@ -126,6 +126,42 @@ def test_page_that_is_lost_again_and_again_is_no_chain(service: str) -> None:
     )
 
 
+@SERVICES
+@pytest.mark.parametrize("mode", ["r", "r+"])
+@pytest.mark.parametrize(
+    ("cap", "around", "ahead"), [(8, 1, 512), (8, 16, 64), (24, 4, 128), (40, 16, 64)]
+)
+def test_instructions_that_need_more_pages_than_a_window_leaves_get_on(
+    service: str, mode: str, cap: int, around: int, ahead: int
+) -> None:
+    """What is brought for one page of an instruction, or read ahead, does not take its other pages away."""
+    run(
+        f"""
+        with tempfile.NamedTemporaryFile() as file:
+            data = data * 4
+            file.write(data)
+            file.flush()
+            with uv.map(file.name, {mode!r}, service="{service}", cap={cap} * PAGE, deadline=10,
+                        fault_around_bytes={around} * PAGE, readahead_bytes={ahead} * PAGE) as region:
+                a, b = region.array("uint8"), region.buffer
+                for advice in ("sequential", "normal", "random"):
+                    region.advise(advice)
+                    assert bytes(b) == data
+                    right = []
+                    def move(at):  # without the GIL
+                        right.append(np.array_equal(a[at:].copy(), np.frombuffer(data, "uint8")[at:]))
+                    threads = [threading.Thread(target=move, args=(at,)) for at in (1, 77, 4001, 8189)]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join()
+                    assert right == 4 * [True]
+                del a, b
+        """,
+        timeout=40,
+    )
+
+
 def test_ctrl_c_reaches_an_inline_toucher_that_waits_for_another_threads_read() -> None:
     run(
         """

@@ -9,19 +9,24 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.service.fault_world import START, World
+from tests.service.fault_world import SECOND_NS, START, World
 from uffd_vm.errors import StaleRegionError
 from uffd_vm.fault.action import Counter, Settlement
 from uffd_vm.fault.fault import FaultFlag, FaultResult
 from uffd_vm.fault.pte import FolioState, PteState
+from uffd_vm.kernel._lib import lib
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.service.fault_service import memory, policy
+from uffd_vm.service.fault_service import mm as mm_module
+from uffd_vm.service.fault_service.completion import run_task
+from uffd_vm.service.fault_service.filemap import PageCache
 from uffd_vm.service.fault_service.memory import (
     VmFault,
     do_swap_page,
@@ -200,6 +205,85 @@ def test_handle_of_a_region_mapped_anew_is_stale(world: World) -> None:
     again.generation = region.generation
     assert handle_mm_fault(world.mm, vmf) == FaultResult.NOPAGE
     assert again.ptes[0] == PteState.NONE
+
+
+def lose(cache: PageCache, *folios: int) -> None:
+    """Reclaim takes them."""
+    for folio in folios:
+        cache.nr_reclaimed += cache.evict_clean(folio, 1)
+    for folio in folios:
+        assert cache.absent(folio)
+
+
+def test_pages_that_an_instruction_needs_are_kept_for_its_thread(world: World, path: Path) -> None:
+    """Threads that take each other's pages away all the time: one at a time gets on."""
+    region = world.file(path)
+    cache = region.cache
+    assert cache is not None
+    region.fault_around_pages = 1
+
+    def touch(index: int) -> None:
+        world.fake.pages.clear()
+        world.fault(index)
+        world.complete_io()
+
+    for _ in range(20):
+        for index in (1, 5):
+            touch(index)
+            lose(cache, index)
+    touch(1)
+    touch(5)
+    for index in (0, 2, 3, 4, 6, 7):  # by other threads
+        world.fault(index, tid=2)
+        world.complete_io()
+    cache.shrink(8, last_resort=True)
+    assert [n for n in range(8) if not cache.absent(n)] == [1, 5]
+    cache._token_until_ns = 0  # it has got on, and faults here no more
+    cache.shrink(8, last_resort=True)
+    assert all(cache.absent(n) for n in range(8))
+
+
+@pytest.mark.parametrize("pages", [(1,), (1, 5), (0, 1, 5, 6)])
+def test_instruction_that_never_has_all_its_pages_has_a_deadline(
+    world: World, path: Path, pages: tuple[int, ...]
+) -> None:
+    region = world.file(path)
+    assert region.cache is not None
+    region.fault_around_pages, region.deadline_ns = 1, SECOND_NS // 5
+    end = time.monotonic_ns() + SECOND_NS
+    while not world.agent.failures and time.monotonic_ns() < end:
+        for index in pages:
+            world.fake.pages.clear()
+            world.fault(index)
+            world.complete_io()
+            if not region.cache.absent(index):
+                lose(region.cache, index)
+    [(_, index, kind, err)] = world.agent.failures[:1]
+    assert index in pages and kind == lib.UVM_FAILURE_TIMEOUT and err == errno.ETIMEDOUT
+    assert time.monotonic_ns() - end + SECOND_NS >= region.deadline_ns
+
+
+@pytest.mark.parametrize("what", ["more pages", "by request", "seldom"])
+def test_thread_that_gets_on_has_no_deadline_in_common(
+    world: World, path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = world.file(path)
+    assert region.cache is not None
+    region.fault_around_pages, region.deadline_ns = 1, SECOND_NS // 50
+    if what == "seldom":
+        monkeypatch.setattr(mm_module, "_CHAIN_GAP_NS", 0)
+    for _ in range(60):
+        for index in range(5 if what == "more pages" else 2):
+            world.fake.pages.clear()
+            world.fault(index)
+            world.complete_io()
+            if what == "by request":
+                run_task(world.mm.evict(region, index, 1), lambda result, error: None)
+                world.mm.run_timers()
+            else:
+                lose(region.cache, index)
+        time.sleep(0.001)
+    assert not world.agent.failures
 
 
 def test_faults_of_one_block_share_one_read(world: World, path: Path) -> None:

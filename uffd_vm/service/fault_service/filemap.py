@@ -19,7 +19,7 @@ import os
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from uffd_vm.fault.pte import FolioState
@@ -51,6 +51,9 @@ _NOT_CHARGED = frozenset((_ABSENT, _ERROR))
 _NOT_HOME = frozenset((_DIRTY, _WRITEBACK))
 _QUIET = frozenset((_ABSENT, _ERROR, _UPTODATE, _DIRTY))  # nobody was at it
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+
+_RECENT = lib.UVM_MIN_CAP_PAGES // 2  # as native/cache.c
+_TOKEN_NS = 100_000_000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
@@ -221,6 +224,10 @@ class PageCache:
         self.writing: Event | None = None  # happens when the write-back that is under way has ended
         self._seen_wb_err = self._ctl[_WB_ERR_SEQ]
         self._extents: deque[tuple[int, int]] = deque()  # in the order they were filled
+        self._recent: deque[int] = deque(maxlen=_RECENT)  # the last folios that faults asked for
+        self._token: frozenset[int] = frozenset()  # folios of a thread that thrashes
+        self._token_tid, self._token_until_ns = 0, 0
+        self.nr_reclaimed = 0
         self._take_over()
 
     def _take_over(self) -> None:
@@ -418,11 +425,26 @@ class PageCache:
         return self._ctl[_NR_USED] + nr_pages <= self._ctl[_CAP]
 
     def window(self, nr_pages: int) -> int:
-        """A power of two of pages to bring at a time, at most `nr_pages`: more than a quarter of the cap,
-        where not all fits, would throw away what was just brought."""
+        """A power of two of pages to bring at a time, at most `nr_pages`: a small part of the cap, since
+        several are under way at a time, where not all fits."""
         if self.nr_pages <= self.cap_pages:
             return nr_pages
-        return min(nr_pages, 1 << (max(1, self.cap_pages // 4).bit_length() - 1))
+        return min(nr_pages, 1 << (max(1, self.cap_pages // 16).bit_length() - 1))
+
+    def note_recent(self, index: int) -> None:
+        """A fault has its folio. One instruction may need four pages at once (a move from one page border
+        to another). If each of them were taken for the next, none would ever be there together: so the
+        last ones that were asked for stay."""
+        if index in self._recent:
+            self._recent.remove(index)
+        self._recent.append(index)
+
+    def take_token(self, tid: int, folios: frozenset[int]) -> None:
+        """As the swap token of the kernel was: of the threads that take each other's pages away, one
+        at a time keeps its own, and so gets on. Lost soon after its last fault."""
+        now = time.monotonic_ns()
+        if tid == self._token_tid or now > self._token_until_ns:
+            self._token, self._token_tid, self._token_until_ns = folios, tid, now + _TOKEN_NS
 
     def make_room(self, nr_pages: int) -> bool:
         """Whether nr_pages more fit now, clean ones given back for them."""
@@ -430,11 +452,14 @@ class PageCache:
             self.shrink(nr_pages)
         return self.room_for(nr_pages)
 
-    def shrink(self, nr_pages: int) -> int:
+    def shrink(self, nr_pages: int, last_resort: bool = False) -> int:
         """Gives back clean folios, the oldest first, until nr_pages more fit or a dirty one is older: an
         instruction that needs two pages would have one of them taken for the other, and the other for
-        the one, for ever. Returns how many."""
+        the one, for ever. The last resort: also recent ones. Returns how many."""
         freed = 0
+        spared = set() if last_resort else set(self._recent)
+        if time.monotonic_ns() <= self._token_until_ns:
+            spared |= self._token
         pins = self.pins()  # passed over: those are never given back
         left = len(self._extents)  # each once, however many pieces it is taken in
         while left and not self.room_for(nr_pages):
@@ -444,22 +469,29 @@ class PageCache:
                 self._extents.appendleft((index + take, n - take))
             else:
                 left -= 1
-            freed += self.evict_clean(index, take, requeue=True)
+            freed += self.evict_clean(index, take, requeue=True, spared=spared)
             if any(
                 self.state(folio) in _NOT_HOME and not _in(pins, folio)
                 for folio in range(index, index + take)
             ):
                 break
+        self.nr_reclaimed += freed
         return freed
 
-    def evict_clean(self, index: int, nr_pages: int, requeue: bool = False) -> int:
+    def evict_clean(
+        self,
+        index: int,
+        nr_pages: int,
+        requeue: bool = False,
+        spared: Collection[int] = (),
+    ) -> int:
         """Punches the clean folios of [index, index + nr_pages) out of the memfd: gone from every page
         table at once, private copies excepted. Returns how many."""
         freed = 0
         folio, end = index, index + nr_pages
         while folio < end:
             first = folio
-            while folio < end and self.state(folio) == _UPTODATE:
+            while folio < end and self.state(folio) == _UPTODATE and folio not in spared:
                 folio += 1
             if folio > first:
                 freed += folio - first

@@ -297,6 +297,8 @@ def mem_cgroup_charge_failed(
     event = mm.start_write_back(cache)
     if event is not None:
         return retry(mm, vmf, walked, event)
+    if cache.shrink(1, last_resort=True):
+        return retry(mm, vmf, walked, mm.after(0))
     return settle_errno(mm, vmf, walked, _CHARGE, errno.ENOMEM)
 
 
@@ -446,6 +448,8 @@ def set_pte_range(mm: Mm, vmf: VmFault[P], pte: PteLocked[P], folio: FolioLocked
     if _MARKS_DIRTY[policy.ACTION[row]] and region.shared and region.cache is not None:
         region.cache.mark_dirty(region.pgoff + index)
     vmf.nr_pages = end - first
+    if region.cache is not None:
+        region.cache.note_recent(region.pgoff + index)
     with install(pte, first, end - first, mm.wake_region) as installed:
         update_mmu_cache(mm, vmf, installed)
     return _OK

@@ -6,6 +6,8 @@ restarted from the top when its event has happened, or when its deadline has pas
 
 A fault that brought no page wakes its thread, which faults again, and most often finds the page then.
 Where it never does, each of these faults is young. So they are one chain, with the deadline of the first.
+And so are faults that did bring their pages, where these were taken away again before the instruction that
+needs several of them had all.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ _INTERRUPT_AFTER_NS = 200_000_000
 _INTERRUPT_LOOK_MS = 100
 _CHAIN_GAP_NS = 1_000_000_000  # a thread that comes back later had the page meanwhile
 _MAX_CHAINS = 4096
+_INSTRUCTION_PAGES = 4  # that one instruction may need
+_NR_TURNS = 16
 _RESCHED_NS = 10_000_000  # a task that only computes lets others in after this
 _CHUNK_PAGES = 16 << 10  # of a range that is walked: 64 MiB
 
@@ -92,6 +96,17 @@ class _Chain:
     count: int
 
 
+@dataclass(slots=True)
+class _Turns:
+    """Faults of one thread at no more pages than one instruction needs, taken away by reclaim in turn."""
+
+    pages: list[int]  # addresses
+    first_ns: int
+    last_ns: int
+    nr_reclaimed: int  # of the cache, at the last one
+    count: int = 0
+
+
 class Mm:
     """Not thread-safe: everything here runs in the fault-service thread."""
 
@@ -114,6 +129,7 @@ class Mm:
         self._scan = scan
         self._parked: dict[tuple[int, int], VmFault[Any]] = {}
         self._chains: dict[int, _Chain] = {}  # by thread: its last fault, if that brought nothing
+        self._turns: dict[int, _Turns] = {}  # by thread
         self._timers: list[tuple[int, int, Event]] = []
         self._timer_ids = itertools.count()
         self._write_backs: dict[PageCache, Event] = {}
@@ -134,6 +150,8 @@ class Mm:
         vmf: VmFault[Any] = VmFault(region, address, kind, access, tid)
         if self._chains:
             self._continue_chain(vmf, region)
+        if kind == _MISSING and region.cache is not None and not region.private_pages:
+            self._take_turn(vmf, region, region.cache)
         handle_mm_fault(self, vmf)
 
     def _continue_chain(self, vmf: VmFault[Any], region: Region) -> None:
@@ -146,13 +164,43 @@ class Mm:
             or vmf.t_ns - chain.last_ns > _CHAIN_GAP_NS
         ):
             return
-        vmf.refaults = chain.count
-        vmf.first_ns = chain.first_ns
-        vmf.deadline_ns = chain.first_ns + region.deadline_ns
-        if vmf.t_ns - chain.first_ns > _INTERRUPT_AFTER_NS:
+        self._is_refault(vmf, region, chain.count, chain.first_ns)
+
+    def _is_refault(self, vmf: VmFault[Any], region: Region, count: int, first_ns: int) -> None:
+        vmf.refaults = count
+        vmf.first_ns = first_ns
+        vmf.deadline_ns = first_ns + region.deadline_ns
+        if vmf.t_ns - first_ns > _INTERRUPT_AFTER_NS:
             self._watching = True
             if self.agent.interrupted(vmf.tid):
                 vmf.interrupted, vmf.deadline_ns = True, vmf.t_ns
+
+    def _take_turn(self, vmf: VmFault[Any], region: Region, cache: PageCache) -> None:
+        """Does the thread get on? Not if it comes to the same few pages again and again because reclaim
+        took them since: then they are kept for it, and if that does not help, its deadline counts."""
+        turns = self._turns.get(vmf.tid)
+        if turns is None or vmf.t_ns - turns.last_ns > _CHAIN_GAP_NS:
+            turns = None
+        elif vmf.address not in turns.pages:
+            turns.pages.append(vmf.address)
+            if len(turns.pages) > _INSTRUCTION_PAGES:
+                turns = None
+        elif cache.nr_reclaimed == turns.nr_reclaimed:
+            turns = None
+        else:
+            turns.count += 1
+        if turns is None:
+            if len(self._turns) >= _MAX_CHAINS:
+                self._turns.clear()
+            turns = self._turns[vmf.tid] = _Turns([vmf.address], vmf.t_ns, vmf.t_ns, 0)
+        turns.last_ns, turns.nr_reclaimed = vmf.t_ns, cache.nr_reclaimed
+        if turns.count < _NR_TURNS:
+            return
+        mine = (page for page in turns.pages if region.start <= page < region.end)
+        folios = (region.pgoff + ((page - region.start) >> PAGE_SHIFT) for page in mine)
+        cache.take_token(vmf.tid, frozenset(folios))
+        if not vmf.refaults:
+            self._is_refault(vmf, region, turns.count, turns.first_ns)
 
     def note_refault(self, vmf: VmFault[Any]) -> None:
         """A fault has ended, and brought nothing."""
@@ -175,6 +223,8 @@ class Mm:
     def restart(self, vmf: VmFault[Any]) -> None:
         """From the top: the region is looked up, the entry read again."""
         del self._parked[vmf.tid, vmf.address]
+        if vmf.tid in self._turns:  # it waited, and was not somewhere else
+            self._turns[vmf.tid].last_ns = time.monotonic_ns()
         vmf.tries += 1
         handle_mm_fault(self, vmf)
 
@@ -294,8 +344,7 @@ class Mm:
             read = cache.reads.get(region.pgoff + at)
             if read is None:
                 limit = min(BUFFER_PAGES, max(region.fault_around_pages, end - at))
-                limit = min(limit, max(1, cache.cap_pages // 4))  # more would never fit
-                _, last = region.absent_run(at, 1 << (limit - 1).bit_length())
+                _, last = region.absent_run(at, cache.window(1 << (limit - 1).bit_length()))
                 last = min(last, end) if end - at >= region.fault_around_pages else last
                 nr = last - at
                 if not cache.make_room(nr):
@@ -303,6 +352,8 @@ class Mm:
                 waited = False
                 while not cache.room_for(nr):
                     event = self.start_write_back(cache)
+                    if event is None and cache.shrink(nr, last_resort=True):
+                        continue
                     if event is None:  # what is charged is on its way in or out
                         tries += 1
                         if tries > _ROOM_TRIES:
@@ -358,7 +409,9 @@ class Mm:
         largest, advice = region.readahead_pages, region.control.advice
         if not largest or advice == lib.UVM_ADVICE_RANDOM:
             return
-        around = region.fault_around_pages
+        assert region.cache is not None
+        largest = region.cache.window(largest)
+        around = region.cache.window(region.fault_around_pages)
         end = index - index % around + around
         if index != region.readahead_next and advice != lib.UVM_ADVICE_SEQUENTIAL:
             region.readahead_next, region.readahead_window = end, 0
@@ -459,6 +512,7 @@ class Mm:
         cache = region.cache
         if cache is None:
             return 0
+        self._turns.clear()  # what goes by request says nothing of reclaim
         handle, generation = region.handle, region.generation
         freed = 0
         for first, n in cache.touched(region.pgoff + index, nr_pages):
