@@ -205,3 +205,27 @@ def test_page_that_was_dropped_and_then_protected_is_found_missing(service: str,
                 assert b[6 * PAGE] == 2
         """
     )
+
+
+@pytest.mark.parametrize("service", ["python", "native"])
+def test_page_that_was_removed_by_hand_comes_back_or_is_a_timeout(service: str) -> None:
+    """MADV_REMOVE of our memfd: a clean page is read again; what was stored is lost, and not made up."""
+    run(
+        f"""
+        with uv.map(file.name, "r+", service="{service}", deadline=1, fault_around_bytes=PAGE) as region:
+            b = region.buffer
+            b[PAGE] = data[PAGE] ^ 1
+            assert b[9 * PAGE] == data[9 * PAGE]
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.madvise.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+            for page in (1, 9):
+                assert libc.madvise(region.address + page * PAGE, PAGE, mmap.MADV_REMOVE) == 0
+            with within(0.8):
+                assert bytes(b[9 * PAGE : 10 * PAGE]) == data[9 * PAGE : 10 * PAGE]
+            with within(3, least=0.9):
+                error = raises(uv.SourceTimeout, lambda: bytes(b[PAGE : 2 * PAGE]))
+            assert error.index == 1
+            b.release()
+            region.discard()
+        """
+    )

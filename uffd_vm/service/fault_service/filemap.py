@@ -292,6 +292,14 @@ class PageCache:
                 self._note_extent(index, 1)
         return self.state(index)
 
+    def disown(self, index: int) -> None:
+        """The other way round: our word says that the page is there, and the kernel that it is not. What was
+        stored to is lost then, and is not read again as if it were not."""
+        if self.state(index) == _UPTODATE and self._state_of_what_is_there(index) == _ABSENT:
+            for region in self.regions:
+                region.unmap_folios(index, 1)
+            self.set_state(index, 1, _ABSENT)
+
     # --- folio words ----------------------------------------------------------------------------
 
     def state(self, index: int) -> int:

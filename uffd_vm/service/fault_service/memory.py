@@ -55,6 +55,7 @@ from uffd_vm.service.fault_service.typestate import (
     walk,
 )
 from uffd_vm.service.fault_service.userfaultfd import (
+    BRINGS,
     DONTWAKE,
     TAKES_CONTENT,
     UNPROTECT,
@@ -184,6 +185,8 @@ def __handle_mm_fault(mm: Mm, vmf: VmFault[P], vma: VmaLocked[P]) -> VmFaultT:
 def handle_pte_fault(mm: Mm, vmf: VmFault[P], vma: VmaLocked[P]) -> VmFaultT:
     """Reads the entry without its lock, asks the policy, and follows the row's action."""
     region = vma.region
+    if vmf.kind == _MISSING and region.cache is not None and not region.private_pages:
+        region.cache.disown(region.pgoff + vmf.index)
     with walk(vma, vmf.kind) as walked:
         flags = region.flags | walked.orig_pte >> CACHED_SHIFT
         if region.cache is not None and region.pgoff + vmf.index >= region.cache.nr_pages:
@@ -450,6 +453,8 @@ def set_pte_range(mm: Mm, vmf: VmFault[P], pte: PteLocked[P], folio: FolioLocked
     vmf.nr_pages = end - first
     if region.cache is not None:
         region.cache.note_recent(region.pgoff + index)
+    if commit not in BRINGS:  # only a wake: the kernel should have the page, and may not
+        mm.note_refault(vmf)
     with install(pte, first, end - first, mm.wake_region) as installed:
         update_mmu_cache(mm, vmf, installed)
     return _OK

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from uffd_vm.service.fault_service.memory import VmFault
     from uffd_vm.service.fault_service.mm import Mm
 
-__all__ = ["DONTWAKE", "TAKES_CONTENT", "UNPROTECT", "WP_DONTWAKE", "mfill", "publish"]
+__all__ = ["BRINGS", "DONTWAKE", "TAKES_CONTENT", "UNPROTECT", "WP_DONTWAKE", "mfill", "publish"]
 
 DONTWAKE, _COPY_WP = int(CopyMode.DONTWAKE), int(CopyMode.WP)
 WP_DONTWAKE = int(WpMode.DONTWAKE)
@@ -171,6 +171,8 @@ _INSTALLS = frozenset(
         Commit.CONTINUE_WP,
     )
 )
+#: After these the thread has what it faulted for.
+BRINGS = _INSTALLS | {UNPROTECT}
 #: What a page is after a commit: the state of the neighbours that came with a fault's own page.
 _PTE_OF_COMMIT = {
     int(Commit.ZEROPAGE): int(PteState.ZERO),
