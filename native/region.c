@@ -593,6 +593,8 @@ static int ctl_child_copy(struct uvm_region *r)
 	for (uint64_t i = uvm_next_touched(&old, 0); i < r->nr_pages;
 	     i = uvm_next_touched(&old, i + 1)) {
 		unsigned pte = atomic_load(&old.ptes[i]);
+		/* Also where nothing is yet: a page may have come that is not published (believe_pagemap()). */
+		atomic_store_explicit(&r->touched[i / UVM_PAGE], 1, memory_order_relaxed);
 		if (pte != UVM_PTE_NONE && pte != UVM_PTE_BUSY)
 			uvm_set_pte(r, i, pte);
 	}

@@ -692,6 +692,24 @@ def test_tracking_goes_on_in_the_child(kind: str) -> None:
     run_in_child(in_child_tracking, kind)
 
 
+def in_child_not_published(kind: str) -> None:
+    """The parent's service has filled the page and not said so yet, when the memory is copied."""
+    with mapped(kind, service="python") as (region, _path):
+        region.protect()
+        ptes = lib.uvm_region_ptes(region.handle)
+        ffi.memmove(ptes, bytes(NR_PAGES), NR_PAGES)
+
+        def child() -> bytes:
+            return repr(region.dirty()).encode()
+
+        assert fork_and_ask(child) == (0, repr([(0, NR_PAGES // 2 * PAGE_SIZE)]).encode())
+
+
+@pytest.mark.parametrize("kind", ["anonymous tracked", "c tracked"])
+def test_page_that_is_not_published_counts_as_written_in_the_child(kind: str) -> None:
+    run_in_child(in_child_not_published, kind)
+
+
 def in_child_dead_filler() -> None:
     """The parent is killed in the middle of a fill; the child that shares its cache needs the page."""
     with mapped("r", fault_around_bytes=PAGE_SIZE, deadline=20.0) as (region, _path):

@@ -207,6 +207,16 @@ def test_handle_of_a_region_mapped_anew_is_stale(world: World) -> None:
     assert again.ptes[0] == PteState.NONE
 
 
+def test_table_is_written_before_a_private_page_comes(world: World) -> None:
+    """A child forked in between finds the page by it."""
+    region = world.anon(flags=FaultFlag.TRACKED)
+    written: list[set[int]] = []
+    for name in ("zeropage", "copy"):
+        world.fake.before(name, lambda: written.append(set(region.announced)))
+    world.fault(3)
+    assert written == [{0}]
+
+
 def lose(cache: PageCache, *folios: int) -> None:
     """Reclaim takes them."""
     for folio in folios:

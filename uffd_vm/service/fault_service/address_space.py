@@ -69,6 +69,7 @@ class Region:
     neighbour_commit: int = field(init=False)  # what the policy would do for a reader of one
     shared: bool = field(init=False)  # COPY into this mapping fills the page cache
     private_pages: bool = field(init=False)  # content lives in private copies, not in the cache
+    announced: set[int] = field(default_factory=set)  # pages of the table that were written to
     ptes: memoryview = field(init=False)
     versions: memoryview = field(init=False)
 
@@ -132,6 +133,14 @@ class Region:
             versions[i] = (versions[i] + 1) & 0xFFFFFFFF
         if gained:
             self.control.add_present(gained)
+
+    def announce(self, index: int, nr_pages: int) -> None:
+        """Pages are about to come in. A forked child finds what came, and was not published yet, by the
+        parts of the table that were ever written: so they are, before the memory is."""
+        for part in range(index // PAGE_SIZE, (index + nr_pages - 1) // PAGE_SIZE + 1):
+            if part not in self.announced:
+                self.announced.add(part)
+                self.ptes[part * PAGE_SIZE] = self.ptes[part * PAGE_SIZE]
 
     def unmap_folios(self, index: int, nr_pages: int) -> None:
         """The memfd has lost these folios, and the kernel every mapping of them. Write protection

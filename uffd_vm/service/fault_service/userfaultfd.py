@@ -47,6 +47,8 @@ def mfill(
     own = vmf.index if vmf is not None else -1
     own_class = _OK
     at = first
+    if not region.shared:
+        region.announce(first, end - first)
     while at < end:
         err, done = ioctl(mm, region, at, end - at, read)
         nr_done = end - at if not err else max(done, 0) >> PAGE_SHIFT
