@@ -684,16 +684,22 @@ static bool is_ours(const PyObject *exc)
 	return false;
 }
 
-/* Under the GIL: has the exception of this thread been raised since (and nobody made it an object)? */
-static bool is_consumed(unsigned long ident)
+/* Under the GIL. The oldest: a thread that is just being started may have the number of the one that starts it. */
+static PyThreadState *thread_of(unsigned long ident)
 {
-	PyInterpreterState *interp = PyInterpreterState_Main();
-	PyThreadState *ts = PyInterpreterState_ThreadHead(interp);
+	PyThreadState *ts = PyInterpreterState_ThreadHead(PyInterpreterState_Main()), *found = NULL;
 
 	for (; ts; ts = PyThreadState_Next(ts))
 		if (ts->thread_id == ident)
-			return !is_ours(ts->async_exc);
-	return true; /* the thread has ended */
+			found = ts;
+	return found;
+}
+
+/* Under the GIL: has the exception of this thread been raised since (and nobody made it an object)? */
+static bool is_consumed(unsigned long ident)
+{
+	PyThreadState *ts = thread_of(ident);
+	return !ts || !is_ours(ts->async_exc); /* NULL: the thread has ended */
 }
 
 /* Under the GIL: is there no Python thread but this one (and ours)? */
@@ -711,13 +717,14 @@ static void raiser_serve(struct raise *q)
 	uint32_t asked = RAISE_ASKED;
 
 	/* Set and answer under the GIL: who gave up waiting in between gets no exception. */
-	int n = PyThreadState_SetAsyncExc(q->ident, (PyObject *)q->py_class);
+	PyThreadState *ts = thread_of(q->ident);
+	bool set = ts && uvm_raise_in(ts, (PyObject *)q->py_class);
 	q->alone = is_alone(1);
-	if (atomic_compare_exchange_strong(&q->state, &asked, n == 1 ? RAISE_DONE : RAISE_FAILED)) {
+	if (atomic_compare_exchange_strong(&q->state, &asked, set ? RAISE_DONE : RAISE_FAILED)) {
 		sys_futex_wake(&q->state, 1);
 	} else {
-		if (n == 1)
-			PyThreadState_SetAsyncExc(q->ident, NULL);
+		if (set)
+			Py_CLEAR(ts->async_exc);
 		atomic_store(&q->state, RAISE_FREE);
 	}
 }
@@ -846,7 +853,7 @@ static bool raise_here(int kind, unsigned long *ident, bool *alone)
 		return true;
 	if (ts == PyThreadState_GetUnchecked()) {
 		*alone = is_alone(0);
-		return PyThreadState_SetAsyncExc(ts->thread_id, (PyObject *)py_class) == 1;
+		return uvm_raise_in(ts, (PyObject *)py_class);
 	}
 	return atomic_load(&raiser_up) && raise_by_helper(ts->thread_id, py_class, alone);
 }
@@ -1781,10 +1788,14 @@ void uvm_failure_forget(struct uvm_region *r)
 	unlock();
 }
 
+_Thread_local bool uvm_raise_is_put_off;
+static uint32_t forker; /* its tid in the parent: under helpers_mutex */
+
 /* Before anything else is held still: a removal waits for the fault thread to read its event. */
 void uvm_failure_prepare(void)
 {
 	pthread_mutex_lock(&helpers_mutex);
+	forker = sys_gettid();
 	pthread_mutex_lock(&sigint_mutex);
 	lock();
 	for (int i = 0; failures.nr_removing && i < 2000; i++) {
@@ -1837,7 +1848,18 @@ void uvm_failure_child(void)
 	failures.nr_ph = 0;
 	failures.nr_removing = 0;
 	atomic_store(&nr_placeholders, 0);
+	/* What the one thread is still to be told, it is told here, too. */
+	struct told *t = uvm_raise_is_put_off ? told_find(forker) : NULL, still = {0};
+	if (t)
+		still = (struct told){.tid = sys_gettid(),
+				      .state = TOLD_SET,
+				      .ident = t->ident,
+				      .failure = t->failure,
+				      .alone = true,
+				      .run = 1,
+				      .t_ns = sys_now_ns()};
 	memset(failures.told, 0, sizeof failures.told);
+	failures.told[0] = still;
 	while (failures.poison_tail != failures.poison_head) {
 		struct poisoned *p = &failures.poisoned[failures.poison_tail++ % MAX_POISONED];
 		struct uvm_region *r = uvm_region_by_handle(p->region);

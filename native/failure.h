@@ -25,6 +25,12 @@ int uvm_step_init(void);
 enum uvm_step uvm_step_begin(void *context, uint64_t address, bool write, struct uvm_shift *shift);
 void uvm_step_end(void *context, struct uvm_shift *shift);
 
+/* Sets an exception (a class) for a thread of Python's (a PyThreadState). Under the GIL. */
+struct _ts;
+bool uvm_raise_in(struct _ts *ts, void *exc);
+/* The exception of the calling thread is set again after fork, also in the child: it is still being told. */
+extern _Thread_local bool uvm_raise_is_put_off;
+
 void uvm_agent_child(void); /* after fork: there is no agent any more */
 
 #endif

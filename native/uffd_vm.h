@@ -245,6 +245,18 @@ void uvm_interrupt_pass(void);
 int uvm_janitor_start(void);
 int uvm_janitor_stop(void);
 
+/* ---- our Python that CPython runs in the middle of other code (callback.c) ---------------------- */
+/* An exception set for the calling thread is put off between these two: raised in such a callback, it
+ * would be dropped. May be nested. */
+void uvm_callback_begin(void);
+void uvm_callback_end(void);
+/* As these, around os.fork() and its hooks; they take a threading.RLock (a PyObject *, kept alive by the
+ * caller), and Ctrl-C waits. */
+void uvm_fork_begin(uintptr_t py_lock);
+void uvm_fork_end(uintptr_t py_lock);
+/* The __del__ of this class (a PyTypeObject *) is such a callback. */
+void uvm_callback_is_finalizer(uintptr_t py_type);
+
 /* ---- a fault service in another process (service="python") ------------------------------------- */
 /* The uffd that a "python" region is registered with (owned here); the service process gets a dup. */
 int uvm_python_uffd(void);

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from uffd_vm.kernel import features as _features
 from uffd_vm.kernel import msg
 from uffd_vm.kernel._lib import Done, check, ffi, lib
+from uffd_vm.kernel.callbacks import finalized
 from uffd_vm.kernel.features import Feature, Way
 
 __all__ = ["Commit", "CopyMode", "MoveMode", "RangeIoctl", "RegisterMode", "Uffd", "WpMode"]
@@ -83,6 +84,7 @@ class Commit(NamedTuple):
         return cls(raw.err, None if raw.done == lib.UVM_DONE_UNTOUCHED else raw.done)
 
 
+@finalized
 class Uffd:
     """A userfaultfd after its handshake. A context manager; `close()` may be called again."""
 

@@ -10,7 +10,6 @@ One per process by default, as the native library has one region table: `address
 
 from __future__ import annotations
 
-import atexit
 import errno
 import functools
 import itertools
@@ -30,6 +29,7 @@ from uffd_vm.errors import BudgetExceeded, InvalidArgument, SourceChanged, UffdE
 from uffd_vm.fault.fault import Backing, FaultFlag
 from uffd_vm.kernel import features
 from uffd_vm.kernel._lib import check, ffi, lib
+from uffd_vm.kernel.callbacks import at_exit, in_forked_child
 from uffd_vm.mm.arguments import (
     Mode,
     OnError,
@@ -125,12 +125,12 @@ class AddressSpace:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._caches = PageCaches()
-        self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+        self._mappings: dict[int, weakref.ref[Mapping]] = {}  # (a WeakSet has callbacks in Python)
         self._python: dict[int, RegionDescriptor] = {}
         self._numbers = itertools.count(1)
         self._hooked = False
         # Before the first region: a thread may be inside, mapping it, while another one forks.
-        os.register_at_fork(after_in_child=self._renew_lock)
+        in_forked_child(self._renew_lock)
 
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()
@@ -147,7 +147,15 @@ class AddressSpace:
 
     def regions(self) -> list[Mapping]:
         """The mappings that are not closed."""
-        return [m for m in list(self._mappings) if not m.closed]
+        mappings = [ref() for ref in self._mappings.copy().values()]
+        return [m for m in mappings if m is not None and not m.closed]
+
+    def _keep(self, mapping: Mapping) -> None:
+        """Lists it, as long as it lives."""
+        for address, ref in self._mappings.copy().items():
+            if ref() is None:
+                self._mappings.pop(address, None)
+        self._mappings[id(mapping)] = weakref.ref(mapping)
 
     # --- files --------------------------------------------------------------------------------------
 
@@ -296,7 +304,7 @@ class AddressSpace:
             mode=mode,
         )
         mapping.own(ops, self)
-        self._mappings.add(mapping)
+        self._keep(mapping)
         return mapping, ops
 
     def _map_cached(
@@ -523,7 +531,7 @@ class AddressSpace:
                 or features.probe().way is features.Way.USER_MODE_ONLY,
             )
             mapping.own(ops, self)
-            self._mappings.add(mapping)
+            self._keep(mapping)
             self._hook_process()
             undo.pop_all()
             return ops
@@ -569,11 +577,10 @@ class AddressSpace:
 
     def _hook_process(self) -> None:
         """Registered after the services' own hooks: at exit it runs before them, in a child after."""
-        atexit.unregister(self.flush_all)
-        atexit.register(self.flush_all)
+        at_exit(self.flush_all)
         if not self._hooked:
             self._hooked = True
-            os.register_at_fork(after_in_child=self._after_fork_in_child)
+            in_forked_child(self._after_fork_in_child)
 
     def flush_all(self) -> None:
         """Writes back every open "r+" region; what fails is logged. Runs at exit."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import _thread
 import logging
 import mmap
-import os
 import sys
 import threading
 import warnings
@@ -22,6 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 from uffd_vm.errors import FeatureUnavailable, PagerDied, RegionBusyError
 from uffd_vm.kernel._lib import check, ffi, lib
+from uffd_vm.kernel.callbacks import finalized, no_fork
 
 __all__ = ["Mapping", "Teardown", "refuse_populated", "retry_orphans"]
 
@@ -76,6 +76,7 @@ class Space(Protocol):
     def is_locked_here(self) -> bool: ...
 
 
+@finalized
 class Mapping(mmap.mmap):
     """Memory of one region. Made by `Mapping.of_fd()` or `Mapping.anonymous()`; users get it only as
     the `.obj` of their memoryviews."""
@@ -120,7 +121,7 @@ class Mapping(mmap.mmap):
         if self._teardown is None:
             super().close()
             return
-        with _between_begin_and_end, self._closing:
+        with no_fork, self._closing:
             if self.closed:
                 return
             self._forgotten = False
@@ -176,30 +177,6 @@ class Mapping(mmap.mmap):
                 stacklevel=2,
             )
 
-
-#: Held while a region is neither open nor gone. os.fork() takes it too: a child must not inherit such a
-#: region, whose memory may be unmapped already, or still be there and no longer served.
-_between_begin_and_end = threading.RLock()
-
-
-def _before_fork() -> None:
-    _between_begin_and_end.acquire()
-
-
-def _after_fork_in_parent() -> None:
-    _between_begin_and_end.release()
-
-
-def _after_fork_in_child() -> None:
-    global _between_begin_and_end
-    _between_begin_and_end = threading.RLock()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
 
 _orphans: list[Mapping] = []
 

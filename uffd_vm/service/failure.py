@@ -15,16 +15,15 @@ database drivers, JITs), so every call on such a region looks whether they still
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import logging
-import os
 import signal
 import threading
 
 from uffd_vm import errors
 from uffd_vm.errors import BudgetExceeded, FailureDetails, HandlerReplaced
 from uffd_vm.kernel._lib import check, ffi, lib
+from uffd_vm.kernel.callbacks import at_exit, in_forked_child
 from uffd_vm.mm.failure import CLASSES, details
 
 __all__ = ["InlineHandlers", "install", "register_region", "shutdown", "unregister_region"]
@@ -196,7 +195,7 @@ def install() -> None:
             if not _at_exit:
                 # Native code must not wait for the GIL of an interpreter that is going away.
                 _at_exit = True
-                atexit.register(_stop_at_exit)
+                at_exit(_stop_at_exit)
         _users += 1
 
 
@@ -221,4 +220,4 @@ def _after_fork_in_child() -> None:
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_after_fork_in_child)

@@ -16,7 +16,6 @@ comes is end of file here, and PagerDied; the next call starts another process, 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import logging
@@ -33,6 +32,7 @@ from typing import Any
 
 from uffd_vm.errors import InvalidArgument, PagerDied
 from uffd_vm.kernel._lib import lib
+from uffd_vm.kernel.callbacks import at_exit, in_forked_child
 from uffd_vm.service.fault_service import protocol
 
 __all__ = [
@@ -415,6 +415,7 @@ def _running() -> PythonService | None:
 
 
 def _close_at_exit() -> None:
+    lib.uvm_janitor_stop()  # it takes placeholders away, which waits for the process
     service = running_service()
     if service is not None:
         service.close()
@@ -428,5 +429,5 @@ def _after_fork_in_child() -> None:
         _service = None
 
 
-atexit.register(_close_at_exit)
-os.register_at_fork(after_in_child=_after_fork_in_child)
+at_exit(_close_at_exit)
+in_forked_child(_after_fork_in_child)
