@@ -553,9 +553,11 @@ int uvm_inline_fault(uint64_t address, bool write)
 	bool present = entry == UVM_PTE_WRITE_PROTECTED || entry == UVM_PTE_ZERO_WP ||
 		       entry == UVM_PTE_PRESENT || entry == UVM_PTE_ZERO;
 	if (r->register_mode & UFFDIO_REGISTER_MODE_MINOR) {
-		if (flags & UVM_FLAG_CACHED)
-			kind = write && present && is_protected(r, index, entry) ? UVM_KIND_WP
-										 : UVM_KIND_MINOR;
+		/* Cached as far as we know: somebody may have dropped it from the memfd by hand. */
+		if (flags & UVM_FLAG_CACHED && write && present && is_protected(r, index, entry))
+			kind = UVM_KIND_WP;
+		else if (flags & UVM_FLAG_CACHED && uvm_cache_has(r->cache, r->pgoff + index))
+			kind = UVM_KIND_MINOR;
 	} else if (write && present && r->register_mode & UFFDIO_REGISTER_MODE_WP) {
 		/* Of a page that we do not protect the kernel is asked: it may have been dropped. */
 		bool armed = entry == UVM_PTE_WRITE_PROTECTED || entry == UVM_PTE_ZERO_WP;

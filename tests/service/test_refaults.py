@@ -207,7 +207,7 @@ def test_page_that_was_dropped_and_then_protected_is_found_missing(service: str,
     )
 
 
-@pytest.mark.parametrize("service", ["python", "native"])
+@pytest.mark.parametrize("service", ["python", "native", "inline"])
 def test_page_that_was_removed_by_hand_comes_back_or_is_a_timeout(service: str) -> None:
     """MADV_REMOVE of our memfd: a clean page is read again; what was stored is lost, and not made up."""
     run(
