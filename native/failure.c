@@ -189,13 +189,15 @@ void uvm_failure_record(struct uvm_region *r, uint64_t index, int kind, int err)
 	lock();
 	struct uvm_failure *known = record_find(uvm_region_handle(r), index);
 	/* A late message of a page that is poisoned already says no reason: the first one stays, if it is one. */
-	if (!known || known->kind == UVM_FAILURE_INTERRUPT ||
-	    atomic_load(&r->ptes[index]) != UVM_PTE_POISONED) {
+	bool poisoned =
+		kind == UVM_FAILURE_NONE || atomic_load(&r->ptes[index]) == UVM_PTE_POISONED;
+	if (!known || (kind != UVM_FAILURE_NONE && known->kind == UVM_FAILURE_INTERRUPT) ||
+	    !poisoned) {
 		failures.records[failures.nr_records++ % MAX_POISONED] = (struct uvm_failure){
 			.region = uvm_region_handle(r),
 			.index = index,
-			.kind = kind,
-			.err = err,
+			.kind = kind == UVM_FAILURE_NONE ? UVM_FAILURE_SOURCE : kind,
+			.err = kind == UVM_FAILURE_NONE ? EIO : err,
 		};
 	}
 	unlock();
@@ -241,7 +243,9 @@ static bool poison_lift(int64_t region, uint64_t index)
 	if (!r)
 		return true;
 	uint64_t address = uvm_region_addr(r, index);
-	if (atomic_load(&r->state) != UVM_REGION_LIVE) {
+	if (atomic_load(&r->lost)) {
+		; /* inaccessible, and stays so */
+	} else if (atomic_load(&r->state) != UVM_REGION_LIVE) {
 		done = false; /* its memory may be gone, and the address another's */
 	} else if (!ph_find(region, index)) {
 		uvm_ptl_lock(address);
@@ -416,12 +420,12 @@ static int cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages)
 /* The region's own pages, empty, at `address` (0: anywhere). Mapped as mm/mapping.py maps a region: where a
  * flag differs the kernel does not join them with their neighbours, and each failure would split it for good. */
 static int pages_map(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint64_t address,
-		     uint64_t *ret)
+		     int prot, uint64_t *ret)
 {
 	uint64_t len = nr_pages << UVM_PAGE_SHIFT;
 	int flags = (is_shared(r) ? MAP_SHARED : MAP_PRIVATE | MAP_NORESERVE) |
 		    (r->cache ? 0 : MAP_ANONYMOUS) | (address ? MAP_FIXED : 0);
-	int rc = sys_mmap(address, len, r->prot, flags, r->cache ? r->cache->data_fd : -1,
+	int rc = sys_mmap(address, len, prot, flags, r->cache ? r->cache->data_fd : -1,
 			  r->cache ? (int64_t)((r->pgoff + index) << UVM_PAGE_SHIFT) : 0, ret);
 	if (rc < 0)
 		return rc;
@@ -433,11 +437,14 @@ static int pages_map(struct uvm_region *r, uint64_t index, uint64_t nr_pages, ui
 static int pages_make(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint64_t *ret)
 {
 	uint64_t len = nr_pages << UVM_PAGE_SHIFT;
-	int rc = pages_map(r, index, nr_pages, 0, ret);
+	/* Accessible only when it is registered: after mlockall(MCL_FUTURE) mmap() would fill it, with zeros. */
+	int rc = pages_map(r, index, nr_pages, 0, PROT_NONE, ret);
 
 	if (rc == 0)
 		rc = sys_uffd_register(uvm_service_uffd(r->service), *ret, len, r->register_mode,
 				       NULL);
+	if (rc == 0)
+		rc = uvm_mprotect(*ret, len, r->prot);
 	if (rc < 0 && *ret)
 		sys_munmap(*ret, len);
 	return rc;
@@ -450,8 +457,10 @@ static void ph_remove(struct placeholder *ph)
 	struct uvm_region *r = uvm_region_by_handle(ph->region);
 	uint64_t len = (uint64_t)ph->nr_pages << UVM_PAGE_SHIFT, temp;
 	int rc = -EAGAIN;
+	/* Then its memfd's number may be another file's. */
+	bool lost = r && (!uvm_service_check(r->service) || atomic_load(&r->lost));
 
-	if (r && atomic_load(&r->state) == UVM_REGION_LIVE) {
+	if (r && !lost && atomic_load(&r->state) == UVM_REGION_LIVE) {
 		uint64_t address = uvm_region_addr(r, ph->index);
 		rc = pages_make(r, ph->index, ph->nr_pages, &temp);
 		if (rc == 0) {
@@ -470,7 +479,7 @@ static void ph_remove(struct placeholder *ph)
 	}
 	lock();
 	if (ph->state == PH_REMOVING) {
-		if (rc == 0 || !r) {
+		if (rc == 0 || !r || lost) {
 			ph_free(ph);
 		} else {
 			ph->state = PH_COVERED;
@@ -1264,7 +1273,7 @@ static bool open_for(struct told *t, struct placeholder *ph, struct uvm_region *
 	bool for_good = steps_no_more(t) || t->nr_open == MAX_OPEN;
 	uint64_t len = (uint64_t)ph->nr_pages << UVM_PAGE_SHIFT;
 
-	if (ph->left_open)
+	if (ph->left_open || atomic_load(&r->lost))
 		return false;
 	for (uint32_t i = 0; i < t->nr_open; i++)
 		if (t->open[i].serial == ph->serial)
@@ -1325,6 +1334,8 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 
 	if (atomic_load(&r->state) != UVM_REGION_LIVE)
 		return LATER;
+	if (atomic_load(&r->lost))
+		return AGAIN; /* into SIGSEGV */
 	if (!poison_first && !again) {
 		struct timespec grace = {0, GRACE_NS};
 		nanosleep(&grace, NULL);
@@ -1824,7 +1835,7 @@ static void child_page(int64_t region, uint64_t index, uint64_t nr_pages)
 	if (!r)
 		return;
 	if (!is_shared(r)) {
-		if (pages_map(r, index, nr_pages, uvm_region_addr(r, index), &at) < 0)
+		if (pages_map(r, index, nr_pages, uvm_region_addr(r, index), r->prot, &at) < 0)
 			sys_munmap(uvm_region_addr(r, index), nr_pages << UVM_PAGE_SHIFT);
 		if (r->service != UVM_SERVICE_PYTHON)
 			uvm_set_ptes(r, index, nr_pages, UVM_PTE_NONE);

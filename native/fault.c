@@ -104,6 +104,8 @@ static uint32_t wake(struct vm_fault *v)
 static int failure_kind(int err)
 {
 	switch (err) {
+	case EHWPOISON:
+		return UVM_FAILURE_NONE; /* poisoned before, for a reason that is known */
 	case ENODATA:
 	case ESTALE:
 		return UVM_FAILURE_CHANGED;
@@ -126,7 +128,7 @@ static int failure_kind(int err)
 static uint32_t fail_page(struct vm_fault *v, int err, uint32_t result)
 {
 	uvm_failure_record(v->region, v->index, failure_kind(err), err);
-	v->err = err;
+	v->err = err == EHWPOISON ? EIO : err;
 	if (v->x->service == UVM_SERVICE_INLINE) {
 		v->x->failed = true;
 		return result;
@@ -221,7 +223,7 @@ static uint32_t act_poison(struct vm_fault *v)
 	else if (v->flags & UVM_FLAG_BEYOND_SIZE)
 		err = ENODATA;
 	else if (v->orig_pte == UVM_PTE_POISONED)
-		err = EIO;
+		err = EHWPOISON;
 	return fail_page(v, err, v->row->result);
 }
 
