@@ -197,7 +197,7 @@ uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index)
 	return index < r->nr_pages ? index : r->nr_pages;
 }
 
-static int pagemap_read(struct uvm_region *r, uint64_t index, uint64_t *entries, uint64_t nr_pages)
+static int pagemap_fd(void)
 {
 	int fd = __atomic_load_n(&uvm_space.pagemap_fd, __ATOMIC_ACQUIRE);
 	if (fd < 0) {
@@ -211,7 +211,36 @@ static int pagemap_read(struct uvm_region *r, uint64_t index, uint64_t *entries,
 			fd = expected;
 		}
 	}
-	return sys_pagemap_read(fd, uvm_region_addr(r, index), entries, nr_pages);
+	return fd;
+}
+
+static int pagemap_read(struct uvm_region *r, uint64_t index, uint64_t *entries, uint64_t nr_pages)
+{
+	int fd = pagemap_fd();
+	return fd < 0 ? fd : sys_pagemap_read(fd, uvm_region_addr(r, index), entries, nr_pages);
+}
+
+/* From index on, the next pages that may be private ones: by PAGEMAP_SCAN, or all where that is not to be had
+ * (before Linux 6.7). A table of a terabyte would take a second to read. */
+static uint64_t next_private(struct uvm_region *r, uint64_t index, uint64_t *end)
+{
+	struct uvm_pm_region run;
+	struct uvm_pm_scan_arg arg = {
+		.size = sizeof arg,
+		.start = uvm_region_addr(r, index),
+		.end = r->start + r->len,
+		.vec = (uint64_t)(uintptr_t)&run,
+		.vec_len = 1,
+		.category_inverted = UVM_PAGE_IS_FILE,
+		.category_mask = UVM_PAGE_IS_FILE,
+		.category_anyof_mask = UVM_PAGE_IS_PRESENT | UVM_PAGE_IS_SWAPPED,
+		.return_mask = UVM_PAGE_IS_FILE,
+	};
+	int fd = pagemap_fd();
+	int64_t nr = fd < 0 ? fd : sys_pagemap_scan(fd, &arg);
+
+	*end = nr > 0 ? (run.end - r->start) >> UVM_PAGE_SHIFT : r->nr_pages;
+	return nr > 0 ? (run.start - r->start) >> UVM_PAGE_SHIFT : nr < 0 ? index : r->nr_pages;
 }
 
 int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
@@ -684,10 +713,12 @@ int uvm_region_child_to_native(struct uvm_region *r)
 static int copy_private_pages(struct uvm_region *r, uint64_t temp)
 {
 	uint64_t entries[PAGEMAP_ENTRIES];
+	uint64_t at = 0, end = 0, n;
 	int rc = 0;
-	for (uint64_t at = 0; at < r->nr_pages && rc == 0; at += PAGEMAP_ENTRIES) {
-		uint64_t left = r->nr_pages - at;
-		uint64_t n = left < PAGEMAP_ENTRIES ? left : PAGEMAP_ENTRIES;
+	for (; at < r->nr_pages && rc == 0; at += n) {
+		if (at == end && (at = next_private(r, at, &end)) == r->nr_pages)
+			break;
+		n = end - at < PAGEMAP_ENTRIES ? end - at : PAGEMAP_ENTRIES;
 		rc = pagemap_read(r, at, entries, n);
 		for (uint64_t i = 0; i < n && rc == 0; i++) {
 			if (!(entries[i] & (UVM_PM_PRESENT | UVM_PM_SWAP)) ||

@@ -46,6 +46,10 @@ struct uvm_pm_scan_arg {
 _Static_assert(sizeof(struct uvm_pm_scan_arg) == 96, "struct pm_scan_arg");
 _Static_assert(UVM_PAGEMAP_SCAN == 0xc0606610u, "PAGEMAP_SCAN");
 
+#define UVM_PAGE_IS_FILE (1ull << 2)
+#define UVM_PAGE_IS_PRESENT (1ull << 3)
+#define UVM_PAGE_IS_SWAPPED (1ull << 4)
+
 /* fs/proc/task_mmu.c: an entry of /proc/self/pagemap */
 #define UVM_PM_UFFD_WP (1ull << 57)
 #define UVM_PM_FILE (1ull << 61)

@@ -33,7 +33,7 @@ import uffd_vm as uv
 from tests.support import Touch, fork_and_ask, in_thread, run_in_child, wait_until
 from uffd_vm.fault.pte import FolioState
 from uffd_vm.kernel._lib import ffi, lib
-from uffd_vm.kernel.features import Feature
+from uffd_vm.kernel.features import Feature, probe
 from uffd_vm.page import PAGE_SIZE
 from uffd_vm.testing.inject import inject
 from uffd_vm.testing.invariants import check_all
@@ -1179,3 +1179,33 @@ def test_a_fork_after_close_while_the_read_goes_on(tmp_path):
     path = tmp_path / "closed.bin"
     path.write_bytes(DATA)
     run_in_child(in_child_fork_after_close_beside_a_read, str(path))
+
+
+def in_child_huge_private() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(1 << 40)
+        with uv.map(file.name, "c", service="python") as region, region.buffer as b:
+            b[5], b[1 << 39] = 3, 4
+
+            def child() -> bytes:
+                assert time.process_time() < 0.5  # its own, from the fork on
+                return bytes((b[5], b[1 << 39], b[1 << 38]))
+
+            assert fork_and_ask(child) == (0, bytes((3, 4, 0)))
+
+
+@pytest.mark.skipif(not probe().pagemap_scan, reason="no PAGEMAP_SCAN")
+def test_a_fork_costs_what_was_touched_not_what_is_mapped() -> None:
+    """The pagemap of a terabyte takes more than a second to read."""
+    run_in_child(in_child_huge_private)
+
+
+def in_child_without_pagemap_scan() -> None:
+    with mapped("c", service="python") as (region, _):
+        with inject("PAGEMAP_SCAN", errno.ENOTTY, count=1 << 30):
+            answer = fork_and_ask(lambda: work_in_child(region, "c"))
+        assert answer == (0, b"right")
+
+
+def test_private_pages_of_a_python_region_where_the_kernel_cannot_scan() -> None:
+    run_in_child(in_child_without_pagemap_scan)
