@@ -71,6 +71,21 @@ def test_the_kernel_makes_no_huge_pages_of_a_region(make_file, mode, service):
         check_all(region)
 
 
+def in_child_file_size_limit(path: str, mode: str) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    with pytest.raises(uv.UffdError) as told:
+        uv.map(path, mode, service="native")  # type: ignore[arg-type]
+    assert told.value.errno == errno.EFBIG
+    return str(told.value)
+
+
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+def test_a_limit_of_file_sizes_is_named(make_file, mode):
+    path = make_file(1 << 17)
+    text = run_in_child(in_child_file_size_limit, str(path), mode).value
+    assert "ulimit -f" in text and str(1 << 16) in text and str(path) in text
+
+
 def in_child_no_descriptors(service: str) -> tuple[int, int]:
     """With 0, 1, 2 ... descriptors left; how many it takes, and how many a further file takes."""
     path, other = "/etc/passwd", "/etc/group"

@@ -99,8 +99,8 @@ class _File:
 
 
 @contextmanager
-def _telling_descriptors(what: str) -> Iterator[None]:
-    """Whichever call finds that no descriptor is left: what to do is the same."""
+def _telling_limits(what: str) -> Iterator[None]:
+    """Whichever call finds a limit of the process: what to do is the same."""
     try:
         yield
     except OSError as error:
@@ -109,6 +109,14 @@ def _telling_descriptors(what: str) -> Iterator[None]:
             cure = f"this process may have {limit} open: raise `ulimit -n`, or close regions"
         elif error.errno == errno.ENFILE:
             cure = "the machine has no more: raise /proc/sys/fs/file-max, or close regions"
+        elif error.errno == errno.EFBIG:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+            raise UffdError(
+                error.errno,
+                f"{what!r}: {os.strerror(error.errno)}. Its page cache is a file in memory of the same size, "
+                f"and this process may make none above {limit} bytes: raise `ulimit -f`",
+                "ftruncate",
+            ) from error
         else:
             raise
         call = error.call if isinstance(error, UffdError) else "open"
@@ -220,7 +228,7 @@ class AddressSpace:
         check_budget(budget, _BACKING[mode], writable=mode == "r+")
         path = os.path.abspath(path_of(path))
         check_hook(page_mkwrite, mode, settings.service)
-        with _telling_descriptors(path), ExitStack() as stack:
+        with _telling_limits(path), ExitStack() as stack:
             fd = stack.enter_context(open_file(path, writable=mode == "r+"))
             version = FileVersion.of(fd)
             if _version is not None and (version.size, version.mtime_ns) != (
@@ -400,7 +408,7 @@ class AddressSpace:
         if track:
             features.require_library("write tracking")
         title = name or f"anonymous-{next(self._numbers)}"
-        with _telling_descriptors(title), self._locked(), ExitStack() as undo:
+        with _telling_limits(title), self._locked(), ExitStack() as undo:
             refuse_populated(title)
             try:
                 mapping = Mapping.anonymous(size)
