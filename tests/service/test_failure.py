@@ -121,8 +121,17 @@ def test_wrong_result_is_never_assigned(where: str, service: str) -> None:
                         raise SystemExit(f"{{name}} of page {{at // PAGE}} returned {{value!r:.99}}")
                     nr_wrong += value is not UNSET
                     heal()
-                    if rounds % 4 == 0:  # the next touch works
-                        assert call(at) is not None
+                    if rounds % 4 == 0:  # the page is missing again, and comes
+                        assert bytes(b[at : at + 1])
+                        # A neighbour may have been poisoned late, by a fault that was woken in vain.
+                        until = time.monotonic() + 5
+                        while True:
+                            try:
+                                assert call(at) is not None
+                                break
+                            except uv.SourceError as error:
+                                assert error.index != at // PAGE and time.monotonic() < until, error
+                                time.sleep(0.01)
                         nr_after += 1
         {"loop()" if where == "main" else "in_thread(loop)"}
         assert bytes(b) == content(2048)
@@ -134,23 +143,38 @@ def test_wrong_result_is_never_assigned(where: str, service: str) -> None:
     assert nr_raised >= 240 and nr_wrong == 0
 
 
-def test_bare_subscript_raises_at_the_latest_after_one_further_call() -> None:
+@pytest.mark.parametrize(
+    "looks",
+    [
+        "region.check()",
+        "in_python()",
+        "[0 for _ in pair]",
+        "str(value)",
+        "for _ in pair: pass",
+    ],
+)
+def test_bare_subscript_raises_at_the_first_place_that_looks(looks: str) -> None:
+    """docs/failure.md, "Subscripts and operators". In code that is hot len() and isinstance() do not look."""
     run(
-        """
+        f"""
         file = make_file(256)
-        region = uv.map(file.name, mode="r", service="native")
+        region = uv.map(file.name, mode="r", service="native", **one_page)
         b = memoryview(region.buffer)
-        def touch(at, seen):
+        pair, seen = (1, 2), []
+        def in_python():
+            pass
+        def touch(at):
             value = b[at]
-            len("a call")
-            len("another")
-            for _ in range(3):
-                pass
+            len(pair)
+            isinstance(value, int)
+            {looks}
             seen.append(value)
-        seen = []
+        for _ in range(100):
+            touch(0)
+        seen.clear()
         fail()
-        for page in range(240):
-            raises(uv.SourceError, touch, page * PAGE, seen)
+        for page in range(1, 200):
+            raises(uv.SourceError, touch, page * PAGE)
         assert seen == []
         """
     )
