@@ -128,7 +128,8 @@ def test_direct_reads_through_a_small_cap(make_file, direct, service, piece):
         if service != "kernel":
             check_all(region)
             region.flush()
-            assert states(region, 0, nr_pages) <= {FolioState.ABSENT, FolioState.UPTODATE}
+            clean = {FolioState.ABSENT, FolioState.UPTODATE}  # once read-ahead has ended
+            wait_until(lambda: states(region, 0, nr_pages) <= clean)
     assert path.read_bytes() == data
 
 

@@ -51,7 +51,8 @@ def test_copy_that_fails_for_ever_is_a_timeout(
                 error = raises(uv.SourceTimeout, lambda: {touch})
             assert error.index == 1 and error.errno == errno.ETIMEDOUT
             stats = region.stats()
-            assert stats["timeout"] == 1 and stats["pgfault_failed"] == 1, stats
+            # Once; again only where the thread did not run while its poison stood (50 ms).
+            assert 1 <= stats["timeout"] == stats["pgfault_failed"] <= 3, stats
             if "{service}" != "python":
                 lib.uvm_inject_clear()
                 assert bytes(b[PAGE : 2 * PAGE]) == data[PAGE : 2 * PAGE]
