@@ -23,6 +23,7 @@ enum {
 	LOOK_MS = 1000, /* when idle: a number that is another file's may never become readable */
 	BATCH = 64,
 	AFFINITY_EVERY = 32,
+	TRUST_NS = 100000,
 	NR_INLINE = 16
 };
 
@@ -75,6 +76,18 @@ bool uvm_service_check(int service)
 	if (runs(service) && !still_ours(service))
 		lose(service);
 	return runs(service);
+}
+
+/* For each fault: fstat() is a tenth of one. So a number is trusted for a moment; who sleeps longer than that, and
+ * whoever becomes a daemon does, looks. */
+static bool checked_lately(int service)
+{
+	static _Atomic uint64_t looked_ns[3];
+	uint64_t now = sys_now_ns();
+	if (now - atomic_load_explicit(&looked_ns[service], memory_order_relaxed) < TRUST_NS)
+		return runs(service);
+	atomic_store_explicit(&looked_ns[service], now, memory_order_relaxed);
+	return uvm_service_check(service);
 }
 
 void uvm_services_check(void)
@@ -454,7 +467,7 @@ static void *fault_main(void *arg)
 	uint64_t spin_until = 0, next_tick = 0;
 	bool watching = false;
 	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
-		if (!uvm_service_check(UVM_SERVICE_NATIVE))
+		if (!checked_lately(UVM_SERVICE_NATIVE))
 			break;
 		bool served = serve(x, uffd, &fo) > 0;
 		if (served) {
@@ -540,7 +553,7 @@ int uvm_inline_fault(uint64_t address, bool write)
 	if (!r)
 		return 0;
 	bool ours = r->service == UVM_SERVICE_INLINE;
-	if (ours && !uvm_service_check(UVM_SERVICE_INLINE)) {
+	if (ours && !checked_lately(UVM_SERVICE_INLINE)) {
 		uvm_region_put(r);
 		return 1; /* the instruction runs again, into memory that is inaccessible */
 	}
