@@ -183,6 +183,7 @@ static void in_child(void)
 			rc = -EAGAIN;
 			uvm_for_each_region_locked(child_region, &rc);
 		}
+		(void)uvm_pagemap_open();
 		uvm_space.nr_forked++;
 	} else {
 		uvm_service_parent();

@@ -392,11 +392,14 @@ struct uvm_space {
 	pthread_mutex_t mutex; /* the mmap_lock of our table: create, close, fork */
 	struct uvm_config config;
 	bool configured;
-	int pagemap_fd; /* /proc/self/pagemap, -1 until first use; reopened after fork */
+	int pagemap_fd; /* /proc/self/pagemap while there are regions; -1: may not be opened */
 	uint64_t nr_regions, nr_caches, nr_forked;
 };
 extern struct uvm_space uvm_space;
 int uvm_fork_handlers_install(void); /* idempotent */
+/* With the first region: a fault that needs it may find no descriptor left, and nobody to tell. Fails for
+ * want of descriptors alone: without a pagemap (its uid was changed) a process does as well as it can. */
+int uvm_pagemap_open(void);
 /* What the kernel's page table says of one page: UVM_TRUTH_*, or -errno. */
 int uvm_kernel_truth(struct uvm_region *r, uint64_t index);
 

@@ -214,6 +214,20 @@ static int pagemap_fd(void)
 	return fd;
 }
 
+int uvm_pagemap_open(void)
+{
+	int rc = pagemap_fd();
+	return rc == -EMFILE || rc == -ENFILE ? rc : 0;
+}
+
+static void pagemap_close_after_last(void) /* space.mutex held */
+{
+	if (!uvm_space.nr_regions && uvm_space.pagemap_fd >= 0) {
+		close(uvm_space.pagemap_fd);
+		uvm_space.pagemap_fd = -1;
+	}
+}
+
 static int pagemap_read(struct uvm_region *r, uint64_t index, uint64_t *entries, uint64_t nr_pages)
 {
 	int fd = pagemap_fd();
@@ -470,6 +484,9 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 	rc = ctl_map(r);
 	if (rc < 0)
 		return rc;
+	rc = uvm_pagemap_open();
+	if (rc < 0)
+		goto unmap;
 	rc = uvm_service_start(r->service);
 	if (rc < 0)
 		goto unmap;
@@ -503,6 +520,7 @@ static int region_create_locked(const struct uvm_region_args *a, struct uvm_regi
 stop:
 	uvm_service_stop(r->service);
 unmap:
+	pagemap_close_after_last();
 	ctl_unmap(r);
 	return rc;
 }
@@ -596,10 +614,7 @@ int uvm_region_close_end(int64_t handle)
 	if (c)
 		uvm_cache_unref(c);
 	uvm_service_stop(service);
-	if (!uvm_space.nr_regions && uvm_space.pagemap_fd >= 0) {
-		close(uvm_space.pagemap_fd);
-		uvm_space.pagemap_fd = -1;
-	}
+	pagemap_close_after_last();
 	pthread_mutex_unlock(&uvm_space.mutex);
 	return 0;
 }

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from uffd_vm.errors import UffdError
 from uffd_vm.kernel._lib import check, ffi, lib
 from uffd_vm.page import Addr
 
@@ -71,7 +72,7 @@ def scan(
     """
     vec = ffi.new("struct uvm_pm_region[]", batch)
     walk_end = ffi.new("uint64_t *")
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open_pagemap()
     try:
         while start < end:
             nr = check(
@@ -89,6 +90,22 @@ def scan(
             start = walk_end[0]
     finally:
         os.close(fd)
+
+
+def _open_pagemap() -> int:
+    try:
+        return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        cure = {errno.EMFILE: "`ulimit -n`", errno.ENFILE: "/proc/sys/fs/file-max"}.get(
+            error.errno or 0
+        )
+        if cure is None:
+            raise
+        raise UffdError(
+            error.errno or 0,
+            f"/proc/self/pagemap: {error.strerror}: raise {cure}, or close files",
+            "open",
+        ) from error
 
 
 @dataclass(frozen=True)
