@@ -67,7 +67,7 @@ def in_child_no_descriptor_is_left(service: str) -> int:
         with pytest.raises(OSError):
             while True:
                 hold.append(os.dup(0))
-        with pytest.raises(uv.UffdError, match="pagemap.*ulimit -n") as told:
+        with pytest.raises(uv.UffdError, match=r"pagemap.*ulimit -n") as told:
             region.residency()
         assert told.value.errno == errno.EMFILE
         Touch(region.address, 2).finish(timeout=deadline - 1)
