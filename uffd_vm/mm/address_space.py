@@ -20,7 +20,7 @@ import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,10 @@ class AddressSpace:
         self._hooked = False
         # Before the first region: a thread may be inside, mapping it, while another one forks.
         in_forked_child(self._renew_lock)
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        return self._lock
 
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()

@@ -17,6 +17,7 @@ import mmap
 import sys
 import threading
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Protocol
 
 from uffd_vm.errors import FeatureUnavailable, PagerDied, RegionBusyError
@@ -73,6 +74,11 @@ class Teardown(Protocol):
 class Space(Protocol):
     """What a mapping asks of its address space."""
 
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Held while regions are made. Taken after `no_fork` and the mapping's own."""
+        ...
+
     def is_locked_here(self) -> bool: ...
 
 
@@ -126,12 +132,15 @@ class Mapping(mmap.mmap):
                 return
             self._forgotten = False
             self._teardown.close_begin()
-            try:
-                super().close()
-            except BufferError:
-                self._teardown.close_abort()
-                raise RegionBusyError(_VIEWS_LIVE.format(name=self._teardown.name)) from None
-            self._teardown.close_end()
+            # The end takes this lock to detach from the process. Whoever is given the address that is
+            # free now, and maps there, has it too, and waits for the end.
+            with self._space.lock if self._teardown.asks_process else nullcontext():
+                try:
+                    super().close()
+                except BufferError:
+                    self._teardown.close_abort()
+                    raise RegionBusyError(_VIEWS_LIVE.format(name=self._teardown.name)) from None
+                self._teardown.close_end()
 
     def resize(self, newsize: int) -> NoReturn:
         """Not possible: mremap() drops the registration, and missing pages would read as zeros."""
