@@ -181,6 +181,17 @@ void uvm_set_ptes(struct uvm_region *r, uint64_t index, uint64_t nr_pages, unsig
 		__atomic_fetch_add(&r->ctl->nr_present, (uint64_t)delta, __ATOMIC_RELAXED);
 }
 
+/* From index on, the next of the bytes at `offset` of the region's memfd that may ever have been written. */
+static uint64_t next_data(const struct uvm_region *r, size_t offset, uint64_t index)
+{
+	off_t at = lseek(r->ctl_fd, (off_t)(offset + index), SEEK_DATA);
+	if (at < 0)
+		return r->nr_pages;
+	if ((uint64_t)at - offset > index)
+		index = (uint64_t)at - offset;
+	return index < r->nr_pages ? index : r->nr_pages;
+}
+
 uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index)
 {
 	if (r->touched) {
@@ -188,11 +199,7 @@ uint64_t uvm_next_touched(struct uvm_region *r, uint64_t index)
 		       !atomic_load_explicit(&r->touched[index / UVM_PAGE], memory_order_relaxed))
 			index = (index / UVM_PAGE + 1) * UVM_PAGE;
 	} else {
-		off_t at = lseek(r->ctl_fd, (off_t)(UVM_REGION_CTL_BYTES + index), SEEK_DATA);
-		if (at < 0)
-			return r->nr_pages;
-		if ((uint64_t)at - UVM_REGION_CTL_BYTES > index)
-			index = (uint64_t)at - UVM_REGION_CTL_BYTES;
+		return next_data(r, UVM_REGION_CTL_BYTES, index);
 	}
 	return index < r->nr_pages ? index : r->nr_pages;
 }
@@ -283,6 +290,18 @@ int uvm_kernel_truth(struct uvm_region *r, uint64_t index)
 }
 
 /* ---- life ------------------------------------------------------------------------------------------- */
+/* Behind the entries in the table of a region that another process serves: a byte a page, where that process
+ * armed what had been written and nobody took note yet (uvm_region_written()). */
+static size_t written_offset(const struct uvm_region *r)
+{
+	return UVM_REGION_CTL_BYTES + ((r->nr_pages + UVM_PAGE - 1) & ~(size_t)(UVM_PAGE - 1));
+}
+
+static _Atomic uint8_t *written_bytes(const struct uvm_region *r)
+{
+	return (_Atomic uint8_t *)r->ctl + written_offset(r);
+}
+
 static int ctl_map(struct uvm_region *r)
 {
 	uint64_t p;
@@ -292,6 +311,7 @@ static int ctl_map(struct uvm_region *r)
 	r->ctl_bytes = (UVM_REGION_CTL_BYTES + r->nr_pages + touched + UVM_PAGE - 1) &
 		       ~(size_t)(UVM_PAGE - 1);
 	if (r->service == UVM_SERVICE_PYTHON) { /* two processes read and write it */
+		r->ctl_bytes = written_offset(r) + written_offset(r) - UVM_REGION_CTL_BYTES;
 		fd = sys_memfd_create("uffd_vm-region");
 		if (fd < 0)
 			return fd;
@@ -313,6 +333,11 @@ static int ctl_map(struct uvm_region *r)
 	r->ptes = (void *)(uintptr_t)(p + UVM_REGION_CTL_BYTES);
 	r->touched = fd < 0 ? r->ptes + r->nr_pages : NULL;
 	return 0;
+}
+
+static uint64_t next_written(const struct uvm_region *r, uint64_t index)
+{
+	return r->ctl_fd < 0 ? r->nr_pages : next_data(r, written_offset(r), index);
 }
 
 static void ctl_unmap(struct uvm_region *r)
@@ -642,6 +667,10 @@ static int ctl_child_copy(struct uvm_region *r)
 		if (pte != UVM_PTE_NONE && pte != UVM_PTE_BUSY)
 			uvm_set_pte(r, i, pte);
 	}
+	/* Written, armed, and not told yet: here it is as if it had not been armed. */
+	for (uint64_t i = next_written(&old, 0); i < r->nr_pages; i = next_written(&old, i + 1))
+		if (atomic_load(&written_bytes(&old)[i]) && pte_present(atomic_load(&r->ptes[i])))
+			uvm_set_pte(r, i, UVM_PTE_PRESENT);
 	ctl_unmap(&old);
 	return 0;
 }
@@ -1100,6 +1129,28 @@ int64_t uvm_region_protect(int64_t handle, uint64_t index, uint64_t nr_pages, ui
 	uvm_ptl_unlock_all();
 	uvm_region_put(r);
 	return rc < 0 ? rc : armed;
+}
+
+int uvm_region_written(int64_t handle, uint64_t index, uint64_t nr_pages, uint8_t *written,
+		       int clear)
+{
+	struct uvm_region *r = uvm_region_by_handle(handle);
+	if (!r)
+		return -ESTALE;
+	int rc = range_check(r, index, nr_pages);
+	_Atomic uint8_t *bytes = written_bytes(r);
+	for (uint64_t i = next_written(r, index); rc == 0 && i < index + nr_pages; i++) {
+		if ((uintptr_t)&bytes[i] % UVM_PAGE == 0) {
+			i = next_written(r, i);
+			if (i >= index + nr_pages)
+				break;
+		}
+		/* The process may set it again meanwhile. */
+		if (atomic_load(&bytes[i]) && (!clear || atomic_exchange(&bytes[i], 0)) && written)
+			written[i - index] = 1;
+	}
+	uvm_region_put(r);
+	return rc;
 }
 
 /* Entries alone, of pages about whose folios nothing was ever said. */

@@ -174,6 +174,10 @@ int uvm_region_close_abort(int64_t region);
 int uvm_region_close_end(int64_t region);
 struct uvm_region_ctl *uvm_region_ctl(int64_t region); /* NULL if stale */
 uint8_t *uvm_region_ptes(int64_t region);
+/* Where the Python service armed pages that had been written ("collect"): sets written[i], a byte a page,
+ * NULL for none; `clear`: this is told then, and forgotten. Elsewhere there are none. */
+int uvm_region_written(int64_t region, uint64_t index, uint64_t nr_pages, uint8_t *written,
+		       int clear);
 /* 0; -ESTALE; or why it was made inaccessible in this process, and what to say: one of these, or in a forked
  * child the -errno for which it could not be served there. */
 enum uvm_lost {

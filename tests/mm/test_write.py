@@ -20,6 +20,7 @@ import pytest
 import uffd_vm as uv
 from tests.support import run_in_child
 from uffd_vm.page import PAGE_SIZE
+from uffd_vm.service.python import python_service
 from uffd_vm.testing.inject import inject
 from uffd_vm.testing.invariants import check_all
 
@@ -270,16 +271,33 @@ def test_a_writable_file_that_changed_its_size_is_not_joined(make_file):
 # --- tracking
 
 
+def map_tracked(path, kind: str, service: str):
+    if kind == "anonymous":
+        return uv.anonymous(40 * PAGE_SIZE, track=True, service=service)
+    return uv.map(path, kind, track=True, service=service)
+
+
 @pytest.fixture(params=["anonymous", "c", "r+"])
 def tracked(request, make_file):
-    path = make_file(40 * PAGE_SIZE)
-    region = (
-        uv.anonymous(40 * PAGE_SIZE, track=True)
-        if request.param == "anonymous"
-        else uv.map(path, request.param, track=True)
-    )
-    assert region.service == "native"
-    with region:
+    with map_tracked(make_file(40 * PAGE_SIZE), request.param, "auto") as region:
+        assert region.service == "native"
+        yield region
+
+
+@pytest.fixture(params=["anonymous", "c", "r+"])
+def tracked_by_python(request, make_file):
+    with map_tracked(make_file(40 * PAGE_SIZE), request.param, "python") as region:
+        yield region
+
+
+@pytest.fixture(params=["native", "inline", "python"])
+def service(request):
+    return request.param
+
+
+@pytest.fixture(params=["anonymous", "c", "r+"])
+def tracked_by_all(request, make_file, service):
+    with map_tracked(make_file(40 * PAGE_SIZE), request.param, service) as region:
         yield region
 
 
@@ -312,7 +330,8 @@ def test_dirty_tells_what_was_written_since_protect(tracked):
     mv.release()
 
 
-def test_dirty_with_reset_tells_and_starts_anew(tracked):
+def test_dirty_with_reset_tells_and_starts_anew(tracked_by_all):
+    tracked = tracked_by_all
     mv = tracked.buffer
     for page in range(1, 39):
         mv[page * PAGE_SIZE] = 1
@@ -342,12 +361,6 @@ def test_dirty_with_reset_that_fails_loses_nothing(tracked):
         check_all(tracked)
     assert tracked.dirty(reset=True) == before
     mv.release()
-
-
-def test_dirty_with_reset_is_refused_where_it_would_be_two_steps():
-    with uv.anonymous(4 * PAGE_SIZE, track=True, service="python") as region:
-        with pytest.raises(uv.FeatureUnavailable, match="service='native'"):
-            region.dirty(reset=True)
 
 
 def in_child_checkpoint_while_it_is_written(service: str, kind: str) -> int:
@@ -396,9 +409,51 @@ def in_child_checkpoint_while_it_is_written(service: str, kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "c"])
-@pytest.mark.parametrize("service", ["native", "inline"])
 def test_a_checkpoint_of_memory_that_is_written_loses_no_store(service, kind):
     assert run_in_child(in_child_checkpoint_while_it_is_written, service, kind).value > 64
+
+
+def test_what_a_process_armed_and_nobody_took_is_told_later(tracked_by_python):
+    """The request was answered, or its process ended half way, and its caller is gone."""
+    tracked = tracked_by_python
+    with tracked.buffer as mv:
+        for page in (1, 2, 5, 30):
+            mv[page * PAGE_SIZE] = 1
+        before = tracked.dirty()
+        assert python_service().request("collect", tracked._ops.handle, 0, 8) == 3
+        assert tracked.dirty() == before, "armed or not"
+        mv[5 * PAGE_SIZE] = mv[6 * PAGE_SIZE] = 2
+        python_service().kill()
+        tracked.load()
+        told = [(PAGE_SIZE, 3 * PAGE_SIZE), (5 * PAGE_SIZE, 7 * PAGE_SIZE), *P(30)]
+        assert tracked.dirty() == tracked.dirty(reset=True) == told
+        assert tracked.dirty() == tracked.dirty(reset=True) == []
+        mv[7 * PAGE_SIZE] = 3
+        assert python_service().request("collect", tracked._ops.handle, 0, 40) == 1
+        tracked.protect((0, 7 * PAGE_SIZE))
+        assert tracked.dirty() == P(7)
+        tracked.protect()
+        assert tracked.dirty() == []
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "c"])
+def test_a_forked_child_tells_what_nobody_took(make_file, kind):
+    with (
+        map_tracked(make_file(40 * PAGE_SIZE), kind, "python") as tracked,
+        tracked.buffer as mv,
+    ):
+        mv[3 * PAGE_SIZE] = mv[9 * PAGE_SIZE] = 1
+        tracked.protect((9 * PAGE_SIZE, 10 * PAGE_SIZE))
+        python_service().request("collect", tracked._ops.handle, 0, 8)
+        pid = os.fork()
+        if pid == 0:
+            ok = tracked.dirty() == P(3)
+            mv[9 * PAGE_SIZE] = 2
+            ok = ok and tracked.dirty(reset=True) == P(3, 9) and tracked.dirty() == []
+            mv[3 * PAGE_SIZE] = 3
+            os._exit(0 if ok and tracked.dirty(reset=True) == P(3) else 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert tracked.dirty(reset=True) == P(3)
 
 
 def test_writes_to_pages_never_touched_are_seen(tracked):

@@ -99,7 +99,8 @@ class World:
         hook: Callable[[int, int], str] | None,
         writable: bool,
     ) -> Region:
-        self.memory = mmap.mmap(-1, trace.PTES_OFFSET + nr_pages)
+        table = -(-nr_pages // PAGE_SIZE) * PAGE_SIZE
+        self.memory = mmap.mmap(-1, trace.PTES_OFFSET + 2 * table)
         region = Region(
             handle=1,
             start=START,

@@ -518,3 +518,28 @@ def test_no_token_is_used_after_its_guard() -> None:
                         f"line {node.lineno}"
                     )
     assert guards >= 8
+
+
+def test_what_was_written_is_noted_before_it_is_armed_and_after(world: World) -> None:
+    """Whoever takes the notes while a page is being armed does not take those of later stores; and a
+    request that ends half way leaves what it had armed noted."""
+    region = world.anon()
+    notes = region.control.written(region.nr_pages)
+    region.set_ptes(0, 2, PteState.PRESENT)
+    region.set_ptes(3, 1, PteState.PRESENT)
+
+    def owner_takes_them() -> None:
+        assert bytes(notes[:4]) == b"\1\1\0\0"
+        notes[:2] = bytes(2)
+
+    world.fake.before("writeprotect", owner_takes_them)
+    world.fake.before(
+        "writeprotect", lambda: world.fake.fail("writeprotect", errno.ENOMEM, -errno.ENOMEM)
+    )
+    errors: list[OSError | None] = []
+    run_task(world.mm.collect_range(region, 0, 4), lambda _, error: errors.append(error))
+    assert errors[0] is not None and errors[0].errno == errno.ENOMEM
+    assert bytes(region.ptes[:4]) == bytes(
+        (PteState.WRITE_PROTECTED, PteState.WRITE_PROTECTED, PteState.NONE, PteState.PRESENT)
+    )
+    assert bytes(notes[:4]) == b"\1\1\0\1"

@@ -132,6 +132,9 @@ class KernelOps(Memory):
             "track=True"
         )
 
+    def written(self, index: int, nr_pages: int) -> bytes:
+        return bytes(self.protect(index, nr_pages))
+
     def walk(self, index: int, nr_pages: int) -> bytes:
         self.check_open()
         cached = pagemap.mincore(self._address(index), nr_pages * PAGE_SIZE)

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from uffd_vm.errors import InvalidArgument, RegionBusyError
-from uffd_vm.fault.pte import PteState
 from uffd_vm.mm.mapping import Mapping
 from uffd_vm.mm.page_cache import FileVersion
 from uffd_vm.mm.ranges import RangeArgument, byte_range, page_span
@@ -34,8 +33,6 @@ __all__ = ["Region", "RegionSpec"]
 log = logging.getLogger("uffd_vm")
 _WALK_PAGES = 1 << 20
 _HTML_PAGES = 1 << 22
-#: By PteState, 1: a store has happened since the page was armed.
-_WRITTEN = bytes(state == PteState.PRESENT for state in range(256))
 _RUNS = re.compile(rb"\x01+")
 
 
@@ -276,8 +273,7 @@ class Region:
         it fails nothing of what it would have told is lost. Follows PAGEMAP_SCAN with
         PM_SCAN_WP_MATCHING.
 
-        Raises InvalidArgument without track=True, FeatureUnavailable for reset=True with
-        service="python".
+        Raises InvalidArgument without track=True.
         """
         self._need_tracking("dirty")
         index, nr_pages = self._span(range)
@@ -298,8 +294,7 @@ class Region:
             add(index, written)
         else:
             for start in _steps(index, index + nr_pages):
-                states = self._ops.ptes(start, min(_WALK_PAGES, index + nr_pages - start))
-                add(start, states.translate(_WRITTEN))
+                add(start, self._ops.written(start, min(_WALK_PAGES, index + nr_pages - start)))
         return found
 
     # --- what is known ------------------------------------------------------------------------------

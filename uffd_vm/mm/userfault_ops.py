@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from uffd_vm.errors import BudgetExceeded, FeatureUnavailable, StaleRegionError, UffdVmError
+from uffd_vm.errors import BudgetExceeded, StaleRegionError, UffdVmError
+from uffd_vm.fault.pte import PteState
 from uffd_vm.fault.settle import EHWPOISON
 from uffd_vm.kernel._lib import CData, check, ffi, lib
 from uffd_vm.kernel.mapping import PageCategory
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["UserfaultOps"]
 
 _ENSURE_TRIES = 8
+_WRITTEN = bytes(state == PteState.PRESENT for state in range(256))
 _KEEP_CHANGES = (
     "what was not written is still in memory: copy it out of the region, then discard() it"
 )
@@ -319,14 +321,13 @@ class UserfaultOps(Memory):
 
     def protect(self, index: int, nr_pages: int, written: mmap.mmap | None = None) -> int:
         self._check_sticky()
-        if self._request and written is not None:
-            raise FeatureUnavailable(
-                f"dirty(reset=True): region {self.name!r} is served by a process, which arms pages and "
-                "tells of them in two steps; map it with service='native' or 'inline'"
-            )
-        if self._request:
-            return self._ask("protect", index, nr_pages)
         into = ffi.NULL if written is None else ffi.from_buffer("uint8_t[]", written)
+        if self._request:
+            # What was written stays noted beside the page table until it is taken here.
+            armed = self._ask("protect" if written is None else "collect", index, nr_pages)
+            rc = lib.uvm_region_written(self.handle, index, nr_pages, into, 1)
+            self._check(rc, "protect")
+            return armed
         return self._check(lib.uvm_region_protect(self.handle, index, nr_pages, into), "protect")
 
     def _wait_published(self) -> None:
@@ -347,6 +348,13 @@ class UserfaultOps(Memory):
         if ptes == ffi.NULL:
             self._check(-errno.ESTALE, "walk")
         return bytes(ffi.buffer(ptes + index, nr_pages))
+
+    def written(self, index: int, nr_pages: int) -> bytes:
+        # The entries first: what is armed was noted before.
+        found = bytearray(self.ptes(index, nr_pages).translate(_WRITTEN))
+        into = ffi.from_buffer("uint8_t[]", found)
+        self._check(lib.uvm_region_written(self.handle, index, nr_pages, into, 0), "walk")
+        return bytes(found)
 
     # --- numbers ------------------------------------------------------------------------------------
 

@@ -83,6 +83,10 @@ class VmOps(Protocol):
         ...
 
     def walk(self, index: int, nr_pages: int) -> bytes: ...
+    def written(self, index: int, nr_pages: int) -> bytes:
+        """A byte a page: 1 where a store has been made since the page was armed, or told of, before."""
+        ...
+
     def ptes(self, index: int, nr_pages: int) -> bytes:
         """The page-table entries of this address space alone, without what the folio adds.
 

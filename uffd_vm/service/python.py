@@ -158,7 +158,8 @@ class PythonService:
             service.detach(handle)
 
     def request(self, op: str, handle: int, index: int = 0, nr_pages: int = 0) -> int:
-        """One of "load", "prefetch", "flush", "evict", "protect" on pages [index, index + nr_pages).
+        """One of "load", "prefetch", "flush", "evict", "protect", "collect" on pages
+        [index, index + nr_pages).
 
         Returns a count (pages given back, pages armed) or raises OSError with the errno of what
         failed. `failed_index` of the exception tells which page, where one is to blame.

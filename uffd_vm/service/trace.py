@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 
 from uffd_vm.kernel._lib import ffi, lib
+from uffd_vm.page import PAGE_SIZE
 from uffd_vm.stats import LATENCY_BUCKETS, RECORD, TRACE_RECORDS, bucket
 
 __all__ = ["ControlBlock"]
@@ -34,6 +35,7 @@ class ControlBlock:
         "_memory",
         "_nr_present",
         "_seq",
+        "_written",
         "counters",
         "ptes",
     )
@@ -51,11 +53,19 @@ class ControlBlock:
         self._advice = words(ADVICE_OFFSET)
         self._latency = memory[LATENCY_OFFSET : LATENCY_OFFSET + 4 * LATENCY_BUCKETS].cast("I")
         self.ptes = memory[PTES_OFFSET:]
+        self._written = memory[:0]
 
     @property
     def advice(self) -> int:
         """What the owner was told by advise(): enum uvm_advice."""
         return self._advice[0]
+
+    def written(self, nr_pages: int) -> memoryview:
+        """A byte a page, behind the entries: what was written when it was armed, until the owner takes it
+        (uvm_region_written())."""
+        if not self._written:
+            self._written = self._memory[PTES_OFFSET + -(-nr_pages // PAGE_SIZE) * PAGE_SIZE :]
+        return self._written
 
     def add_present(self, nr_pages: int) -> None:
         """Pages that became present; negative: that went."""
@@ -83,6 +93,7 @@ class ControlBlock:
             self._seq,
             self._advice,
             self.ptes,
+            self._written,
         )
         for view in views:
             view.release()

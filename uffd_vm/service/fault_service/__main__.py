@@ -226,6 +226,7 @@ class FaultService:
             "flush": mm.flush,
             "evict": mm.evict,
             "protect": mm.protect_range,
+            "collect": mm.collect_range,
         }
         if op == "prefetch":
             self._reply(message, 0)

@@ -458,8 +458,12 @@ class Mm:
             if region.writable and region.shared and first < end:
                 self.protect(region, first, end - first)
 
-    def protect(self, region: Region, index: int, nr_pages: int) -> int:
-        """Write-protects what is writable in [index, index + nr_pages). Returns how many pages."""
+    def protect(
+        self, region: Region, index: int, nr_pages: int, written: memoryview | None = None
+    ) -> int:
+        """Write-protects what is writable in [index, index + nr_pages). Returns how many pages. `written`,
+        a byte a page: what may have been stored to. It is noted before a page is armed, for we may end
+        between the two; and after it, for the owner may have taken the first note before the last store."""
         armed = 0
         at, end = index, min(index + nr_pages, region.nr_pages)
         ptes = region.ptes
@@ -471,24 +475,39 @@ class Mm:
             first = at
             while at < end and ptes[at] == pte:
                 at += 1
+            note = b"\1" * (at - first) if written is not None and pte == _PRESENT else b""
+            if written is not None and note:
+                written[first:at] = note
             rc = self.kernel.uvm_uffd_writeprotect(
                 self.uffd, region.address(first), (at - first) << PAGE_SHIFT, _WP
             )
             if rc < 0:
                 raise OSError(-rc, os.strerror(-rc))
+            if written is not None and note:
+                written[first:at] = note
             region.set_ptes(first, at - first, _ZERO_WP if pte == _ZERO else _WRITE_PROTECTED)
             armed += at - first
         return armed
 
-    def protect_range(self, region: Region, index: int, nr_pages: int) -> Task:
+    def collect_range(self, region: Region, index: int, nr_pages: int) -> Task:
+        """As protect_range(), and notes for the owner which pages were written."""
+        return self.protect_range(region, index, nr_pages, region.control.written(region.nr_pages))
+
+    def protect_range(
+        self, region: Region, index: int, nr_pages: int, written: memoryview | None = None
+    ) -> Task:
         """Starts a new period of write tracking. Returns how many pages were armed: not those that are
         pinned, which a device may store to unseen, and which go on counting as written."""
         handle, generation = region.handle, region.generation
         armed = 0
         for first, n in _chunks(index, nr_pages):
             region = self.live(handle, generation)
+            done = first
             for at, end in _unpinned_runs(region, first, first + n):
-                armed += self.protect(region, at, end - at)
+                _note_present(region, done, at, written)
+                armed += self.protect(region, at, end - at, written)
+                done = end
+            _note_present(region, done, first + n, written)
             yield self.cond_resched()
         return armed
 
@@ -544,6 +563,14 @@ def _unpinned_runs(region: Region, first: int, end: int) -> Iterator[tuple[int, 
         first = max(first, pin.stop - region.pgoff)
     if first < end:
         yield first, end
+
+
+def _note_present(region: Region, first: int, end: int, written: memoryview | None) -> None:
+    """Pages that are pinned, and so not armed."""
+    if written is not None:
+        for index in range(first, end):
+            if region.ptes[index] == _PRESENT:
+                written[index] = 1
 
 
 def _failed(err: int, index: int) -> OSError:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uffd_vm.service.python import RegionDescriptor
 
-RANGE_OPS = frozenset({"load", "prefetch", "flush", "evict", "protect"})
+RANGE_OPS = frozenset({"load", "prefetch", "flush", "evict", "protect", "collect"})
 MAX_MESSAGE = 64 << 10
 MAX_FDS = 8
 
