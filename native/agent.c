@@ -11,7 +11,7 @@
  * - A process that reads faults before it knows the regions only wakes the threads, which fault again, and
  *   one of them may hold the GIL that telling it of the regions needs. So it begins when we ask it for the
  *   first time, which is when it has all of them; until then the dead one's faults are failed.
- * - Our own mremap() (failure.c) waits until its event is read: from then on, here.
+ * - Our own mremap() (placeholder.c) waits until its event is read: from then on, here.
  * - A process may live and say nothing (SIGSTOP, a hung file system): whoever waits for it would wait for
  *   ever. So while anybody waits it is asked for a sign of life; silent for as long as the shortest
  *   deadline of its regions (a second at least) it is killed, and from there on it is dead. Killed first:

@@ -91,7 +91,7 @@ def make_ffibuilder() -> FFI:
         depends=[*headers, *policy, str(NATIVE / "build.py")],
         extra_compile_args=[*CFLAGS, "-fvisibility=hidden"],
         extra_link_args=["-pthread"],
-        # failure.c calls PyThreadState_SetAsyncExc: built for one version of Python, not abi3.
+        # callback.c calls PyThreadState_SetAsyncExc: built for one version of Python, not abi3.
         py_limited_api=False,
         define_macros=[("_GNU_SOURCE", None)],
     )

@@ -1,7 +1,7 @@
 /* Our Python code that CPython runs in the middle of somebody else's: finalizers, hooks of os.fork() and of the exit.
  *
  * Facts -> what follows from them.
- * - An exception that was set for a thread (failure.c) is raised where the next function of Python begins. From
+ * - An exception that was set for a thread (raise.c) is raised where the next function of Python begins. From
  *   such a callback it goes no further: CPython prints "Exception ignored in", and drops it. The value that it
  *   was about stays assigned for good, and what the callback was for is not done.
  * - It comes before the callback's first line: no `try` in there sees it. So C puts it off before, and sets it again

@@ -355,7 +355,7 @@ void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 		      const struct uvm_fault *own);
 void uvm_poke_fault_thread(void);
 
-/* ---- failure (failure.c) -------------------------------------------------------------------------- */
+/* ---- failure (failure.c, interrupt.c) ------------------------------------------------------------- */
 /* Records why a page failed; the caller poisons it. */
 void uvm_failure_record(struct uvm_region *r, uint64_t index, int kind, int err);
 /* Poisons one page of r so that its waiters get SIGBUS (or EFAULT in a syscall); ptl NOT held. The

@@ -1,6 +1,6 @@
 """Our functions that CPython calls in the middle of other code: at fork, at exit, from a destructor.
 
-An exception that was set for the thread (native/failure.c) would be raised in the first line of such a
+An exception that was set for the thread (native/raise.c) would be raised in the first line of such a
 function, printed and dropped; what the function is for would not be done. So each is registered here, and
 native/callback.c puts the exception off until the function has returned. Nothing of ours is registered
 with os, atexit or weakref directly.

@@ -1,6 +1,6 @@
 """Typed exceptions in the thread whose touch of lazy memory failed.
 
-The flow: native/failure.c (the SIGBUS handler) covers the failed page with a private placeholder and sets
+The flow: native/told.c (the SIGBUS handler) covers the failed page with a private placeholder and sets
 one of the classes below for the touching thread; CPython raises it once the C call has ended, and
 making it asks `_details()`: which page of which region, and why. Asking also takes the placeholder away:
 the page is missing again, and the next touch tries again.
