@@ -77,6 +77,22 @@ def test_pages_that_were_swapped_out_are_as_before(path: Path, service: str, kin
         assert (path.read_bytes() == want) == kind.startswith("r")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("r")])
+@pytest.mark.parametrize("service", SERVICES)
+def test_changes_that_are_swapped_out_count_as_dirty(path: Path, service: str, kind: str) -> None:
+    want = first_content(path, kind)
+    with map_kind(path, kind, service) as region, region.buffer as buffer:
+        store(buffer, want, range(NR_PAGES), 0xA5)
+        before = region.residency()
+        assert before.dirty_bytes == NR_BYTES
+        swap_out(region, kind)
+        after = region.residency()
+        assert (after.dirty_bytes, after.mapped_bytes) == (NR_BYTES, 0)
+        assert after.resident_bytes == before.resident_bytes
+        check_all(region)
+        assert bytes(buffer) == want
+
+
 @pytest.mark.parametrize("kind", TRACKED)
 @pytest.mark.parametrize("service", SERVICES)
 def test_protection_survives_and_no_store_is_missed(path: Path, service: str, kind: str) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "LEGAL_FOLIO_TRANSITIONS",
     "LEGAL_PTE_TRANSITIONS",
     "MAPPED",
+    "MARKERS",
     "FolioState",
     "PteState",
 ]
@@ -68,6 +69,9 @@ EMPTY = frozenset({_P.NONE, _P.NONE_WP, _P.CACHED, _P.SNAP_PARENT, _P.SNAP_FRAME
 
 #: pte_present(): the kernel maps something here.
 MAPPED = frozenset({_P.ZERO, _P.ZERO_WP, _P.PRESENT, _P.WRITE_PROTECTED, _P.EVICTING})
+
+#: The kernel's entry is a marker, which its page map tells as if it were swapped out.
+MARKERS = frozenset({_P.NONE_WP, _P.POISONED, _P.GUARD})
 
 # What a fault, freeze or thaw (write-protecting or not), reclaim and fork() may do.
 _PTE_STEPS: dict[PteState, frozenset[PteState]] = {

@@ -7,6 +7,7 @@ import errno
 import functools
 import mmap
 import os
+from collections.abc import Callable
 
 from uffd_vm.errors import UffdError
 from uffd_vm.kernel import features
@@ -20,15 +21,21 @@ _MADV_POPULATE_READ = 22
 
 
 def nr_pages_with(
-    start: int, end: int, *, need: PageCategory, without: PageCategory = PageCategory(0)
+    start: int,
+    end: int,
+    *,
+    need: PageCategory,
+    without: PageCategory = PageCategory(0),
+    count: Callable[[int, int], int] = lambda a, b: (b - a) // PAGE_SIZE,
 ) -> int | None:
-    """Pages in [start, end) that are of all categories `need` and of none of `without`; None where
-    the kernel cannot tell (no PAGEMAP_SCAN before 6.7), or not to a process that changed its uid."""
+    """Pages in [start, end) that are of all categories `need` and of none of `without`, by `count` of each
+    run; None where the kernel cannot tell (no PAGEMAP_SCAN before 6.7), or not to a process that changed
+    its uid."""
     if not features.probe().pagemap_scan:
         return None
     try:
         found = scan(start, end, need=need, tell=need | without)
-        return sum(r.end - r.start for r in found if not r.categories & without) // PAGE_SIZE
+        return sum(count(r.start, r.end) for r in found if not r.categories & without)
     except UffdError as error:
         if error.errno in (errno.ENOTTY, errno.ENOSYS):
             return None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from uffd_vm.errors import BudgetExceeded, StaleRegionError, UffdVmError
-from uffd_vm.fault.pte import PteState
+from uffd_vm.fault.pte import MARKERS, PteState
 from uffd_vm.fault.settle import EHWPOISON
 from uffd_vm.kernel._lib import CData, check, ffi, lib
 from uffd_vm.kernel.mapping import PageCategory
@@ -374,6 +374,11 @@ class UserfaultOps(Memory):
         if self._shared and self.cache is not None:
             return self.cache.dirty_bytes // PAGE_SIZE
         return self._private_pages()
+
+    def _nr_swapped(self, start: int, end: int) -> int:
+        index, nr_pages = (start - self.start) // PAGE_SIZE, (end - start) // PAGE_SIZE
+        ptes = self.ptes(index, nr_pages)
+        return nr_pages - sum(ptes.count(state) for state in MARKERS)
 
     def cache_sizes(self) -> tuple[int, int]:
         self.check_open()

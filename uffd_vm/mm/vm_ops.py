@@ -168,7 +168,14 @@ class Memory(abc.ABC):
         return int(lib.uvm_madvise(self._address(index), nr_pages * PAGE_SIZE, advice))
 
     def _private_pages(self) -> int:
-        """Pages that are this process's own copies."""
+        """Pages that are this process's own copies, in memory or in the swap area."""
         without = PageCategory.FILE | PageCategory.PFNZERO
         n = pagemap.nr_pages_with(self.start, self.end, need=PageCategory.PRESENT, without=without)
-        return n or 0
+        out = pagemap.nr_pages_with(
+            self.start, self.end, need=PageCategory.SWAPPED, without=without, count=self._nr_swapped
+        )
+        return (n or 0) + (out or 0)
+
+    def _nr_swapped(self, start: int, end: int) -> int:
+        """Of a run that the kernel says is swapped out."""
+        return (end - start) // PAGE_SIZE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from uffd_vm.fault.pte import MAPPED, FolioState, PteState
+from uffd_vm.fault.pte import MAPPED, MARKERS, FolioState, PteState
 from uffd_vm.kernel._lib import ffi, lib
 from uffd_vm.kernel.mapping import PageCategory, registered_vmas, scan
 from uffd_vm.mm.region import Region
@@ -59,7 +59,8 @@ def shadow_is_the_kernels_truth(region: Region) -> None:
         present = bool(categories & _PRESENT)
         writable = present and bool(categories & _WRITTEN) and not categories & PageCategory.PFNZERO
         if ops.cache is None:
-            assert present == (pte in MAPPED), where
+            swapped = bool(categories & PageCategory.SWAPPED) and pte not in MARKERS
+            assert (present or swapped) == (pte in MAPPED), where
         if tracked:
             assert not writable or pte is _P.PRESENT, f"{where}: a write is unseen"
             if present and pte in (_P.WRITE_PROTECTED, _P.ZERO_WP):
