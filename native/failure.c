@@ -392,6 +392,7 @@ void uvm_failure_child(void)
 		if (ph->state != UVM_PH_FREE)
 			uvm_ph_child_page(ph->region, ph->index, ph->nr_pages);
 		ph->state = UVM_PH_FREE;
+		ph->shadow = ph->nr_steps = 0; /* not inherited */
 	}
 	uvm_failures.nr_ph = 0;
 	uvm_failures.nr_removing = 0;

@@ -14,9 +14,10 @@ void uvm_failure_lift(struct uvm_region *r, uint64_t index);
 void uvm_failure_note_poison(struct uvm_region *r, uint64_t index);
 
 /* ---- one instruction (step.c) ---------------------------------------------------------------------- */
-/* One instruction, which faulted at `address`, without that page. DONE: return to it, as it is now. TRAP:
- * return to it with the trap flag set, and call uvm_step_end() when it has trapped. REFUSED: not this one.
- * In a signal handler, with no lock held (it may fault); `shift` is the thread's, all zeros at first. */
+/* One instruction, which faulted at `address`, on the byte at `shadow` instead; the page before and the page
+ * behind that one are accessible too. DONE: return to it, as it is now. TRAP: return to it with the trap flag
+ * set, and call uvm_step_end() when it has trapped. REFUSED: not this one. In a signal handler, with no lock held
+ * (it may fault); `shift` is the thread's, all zeros at first. */
 enum uvm_step { UVM_STEP_REFUSED, UVM_STEP_DONE, UVM_STEP_TRAP };
 enum { UVM_SHIFTS = 2 };
 struct uvm_shift {
@@ -25,8 +26,8 @@ struct uvm_shift {
 	uint64_t by[UVM_SHIFTS], moved[UVM_SHIFTS];
 	bool string;
 };
-int uvm_step_init(void);
-enum uvm_step uvm_step_begin(void *context, uint64_t address, bool write, struct uvm_shift *shift);
+enum uvm_step uvm_step_begin(void *context, uint64_t address, uint64_t shadow,
+			     struct uvm_shift *shift);
 void uvm_step_end(void *context, struct uvm_shift *shift);
 
 /* ---- state (failure.c) ---------------------------------------------------------------------------- */
@@ -57,6 +58,10 @@ struct uvm_placeholder {
 	uint64_t address;
 	uint32_t serial;  /* a slot is used again */
 	uint16_t nr_open; /* threads that run an instruction on it, which step.c refused */
+	uint16_t
+		nr_steps; /* threads that run one on its shadow; the slot is not used again before they end */
+	uint64_t
+		shadow; /* the same memory where step.c sends them, a page more on either side; 0: none */
 	bool left_open;
 	uint32_t nr_pages;
 	uint8_t state, nr_owners;
@@ -79,6 +84,7 @@ struct uvm_told {
 	uint32_t steps, nr_open;
 	bool stepping; /* in step_over() of told.c */
 	struct uvm_shift shift;
+	uint16_t over[UVM_SHIFTS], nr_over; /* placeholders: ph[].nr_steps counts this thread */
 	/* Trap flags set, in this context and in those that a handler interrupted. */
 	uint32_t nr_traps;
 	struct {
@@ -137,9 +143,11 @@ struct uvm_done uvm_poison_ioctl(struct uvm_region *r, uint64_t index, uint64_t 
 struct uvm_placeholder *uvm_ph_find(int64_t region, uint64_t index); /* locked */
 struct uvm_placeholder *uvm_ph_alloc(void);                          /* locked */
 void uvm_ph_free(struct uvm_placeholder *ph);                        /* locked */
+/* Locked: a thread that nr_steps counts has run its instruction. */
+void uvm_ph_step_done(struct uvm_placeholder *ph);
 /* Both under the page's ptl. */
 uint64_t uvm_ph_run_poison(struct uvm_region *r, uint64_t index, uint64_t want);
-int uvm_ph_cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages);
+int uvm_ph_cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint64_t *shadow);
 /* Taken away in two steps: one locked, one with no lock held. */
 void uvm_ph_begin_remove(struct uvm_placeholder *ph);
 void uvm_ph_remove(struct uvm_placeholder *ph);

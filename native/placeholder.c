@@ -27,7 +27,7 @@ struct uvm_placeholder *uvm_ph_find(int64_t region, uint64_t index) /* locked */
 struct uvm_placeholder *uvm_ph_alloc(void) /* locked */
 {
 	for (uint32_t i = 0; i < UVM_MAX_PLACEHOLDERS; i++) {
-		if (uvm_failures.ph[i].state != UVM_PH_FREE)
+		if (uvm_failures.ph[i].state != UVM_PH_FREE || uvm_failures.ph[i].nr_steps)
 			continue;
 		if (i >= uvm_failures.nr_ph)
 			uvm_failures.nr_ph = i + 1;
@@ -38,11 +38,20 @@ struct uvm_placeholder *uvm_ph_alloc(void) /* locked */
 	return NULL;
 }
 
+static void shadow_unmap(struct uvm_placeholder *ph) /* locked */
+{
+	if (ph->shadow)
+		sys_munmap(ph->shadow - UVM_PAGE, ((uint64_t)ph->nr_pages + 2) << UVM_PAGE_SHIFT);
+	ph->shadow = 0;
+}
+
 void uvm_ph_free(struct uvm_placeholder *ph) /* locked */
 {
 	if (ph->state == UVM_PH_FREE)
 		return;
 	ph->state = UVM_PH_FREE;
+	if (!ph->nr_steps)
+		shadow_unmap(ph);
 	atomic_fetch_sub(&uvm_nr_placeholders, 1);
 	while (uvm_failures.nr_ph && uvm_failures.ph[uvm_failures.nr_ph - 1].state == UVM_PH_FREE)
 		uvm_failures.nr_ph--;
@@ -86,22 +95,37 @@ uint64_t uvm_ph_run_poison(struct uvm_region *r, uint64_t index, uint64_t want)
 }
 
 /* Covers poisoned pages, in one step for all threads. */
-int uvm_ph_cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages)
+int uvm_ph_cover(struct uvm_region *r, uint64_t index, uint64_t nr_pages, uint64_t *shadow)
 {
-	uint64_t len = nr_pages << UVM_PAGE_SHIFT, temp;
-	int rc = sys_mmap(0, len, PROT_READ | PROT_WRITE,
-			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0, &temp);
+	uint64_t len = nr_pages << UVM_PAGE_SHIFT, all = len + 2 * UVM_PAGE, first, again = 0;
+	int rc = sys_mmap(0, all, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE,
+			  -1, 0, &first);
 	if (rc < 0)
 		return rc;
-	memset((void *)(uintptr_t)temp, 0xff, len);
-	rc = sys_madvise(temp, len, MADV_DONTFORK); /* as the region around it; see fork.c */
+	memset((void *)(uintptr_t)first, 0xff, all);
+	rc = sys_madvise(first, all, MADV_DONTFORK); /* as the region around it; see fork.c */
 	if (rc == 0)
-		rc = uvm_mprotect(temp, len, PROT_NONE);
+		rc = sys_mremap_copy(first + UVM_PAGE, len, &again);
 	if (rc == 0)
-		rc = sys_mremap_over(temp, len, uvm_region_addr(r, index));
-	if (rc < 0)
-		sys_munmap(temp, len);
-	return rc;
+		rc = sys_madvise(again, len, MADV_DONTFORK);
+	if (rc == 0)
+		rc = uvm_mprotect(again, len, PROT_NONE);
+	if (rc == 0)
+		rc = sys_mremap_over(again, len, uvm_region_addr(r, index));
+	if (rc < 0) {
+		if (again)
+			sys_munmap(again, len);
+		sys_munmap(first, all);
+		return rc;
+	}
+	*shadow = first + UVM_PAGE;
+	return 0;
+}
+
+void uvm_ph_step_done(struct uvm_placeholder *ph) /* locked */
+{
+	if (!--ph->nr_steps && ph->state == UVM_PH_FREE)
+		shadow_unmap(ph);
 }
 
 /* The region's own pages, empty, at `address` (0: anywhere). Mapped as mm/mapping.py maps a region: where a

@@ -142,7 +142,7 @@ int uvm_sigbus_replaced(uint64_t *handler)
 int uvm_sigbus_install(void)
 {
 	pthread_mutex_lock(&uvm_helpers_mutex);
-	int rc = uvm_step_init();
+	int rc = 0;
 	for (int i = 0; i < NR_CHAINS && rc == 0; i++) {
 		struct chained *c = &chains[i];
 		struct sigaction ours = {.sa_sigaction = c->handler,

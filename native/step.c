@@ -2,9 +2,10 @@
  *
  * The thread's C call has to end before its exception can be raised, so each instruction that touches the
  * placeholder must complete somehow. All threads see the same mapping, so the instruction is sent elsewhere: the
- * register that holds its address is moved by the distance to a page of all ones (loads) or of rubbish
- * (stores), the trap flag is set, and after the instruction the register is moved back. A string instruction
- * with a count is done a page at a time, since it would trap at each byte.
+ * register that holds its address is moved by the distance to the placeholder's shadow (the same memory,
+ * mapped where nobody looks; what the call stores it reads again), the trap flag is set, and after the
+ * instruction the register is moved back. A string instruction with a count is done a page at a time, since
+ * it would trap at each byte.
  *
  * Only what must be known of an instruction is decoded: which register it addresses memory by (Intel SDM
  * volume 2, chapter 2: prefixes, ModRM, SIB, VEX, EVEX). What has no such register, or has it twice, is refused:
@@ -14,26 +15,7 @@
 #if defined(__x86_64__)
 #include <ucontext.h>
 
-enum { WINDOW = 3 * UVM_PAGE, TRAP_FLAG = 0x100, DIRECTION_FLAG = 0x400 };
-
-/* An access may begin before its page, and end behind it: the middle page of each is meant. */
-static uint64_t ones, sink;
-
-int uvm_step_init(void)
-{
-	if (ones)
-		return 0;
-	uint64_t p;
-	int rc = sys_mmap(0, 2 * WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0,
-			  &p);
-	if (rc < 0)
-		return rc;
-	memset((void *)(uintptr_t)p, 0xff, 2 * WINDOW);
-	rc = sys_mprotect(p, WINDOW, PROT_READ);
-	sink = p + WINDOW;
-	ones = p;
-	return rc;
-}
+enum { DIRECTION_FLAG = 0x400 };
 
 /* The general registers in the order of their numbers in ModRM and SIB. */
 static const int gregs_of[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
@@ -122,9 +104,9 @@ static bool is_string(const struct insn *in)
 			    (in->opcode >= 0xaa && in->opcode <= 0xaf));
 }
 
-/* rep movs and rep stos as far as the page reaches: ones are read, and what is stored is lost. What then is left
- * of the count (perhaps nothing) the instruction does when it runs again. False: not such an instruction. */
-static bool do_string(const struct insn *in, greg_t *regs, uint64_t address)
+/* rep movs and rep stos as far as the page reaches. What then is left of the count (perhaps nothing) the instruction
+ * does when it runs again. False: not such an instruction. */
+static bool do_string(const struct insn *in, greg_t *regs, uint64_t address, uint64_t shadow)
 {
 	bool movs = (in->opcode & 0xfe) == 0xa4, stos = (in->opcode & 0xfe) == 0xaa;
 	uint64_t size = !(in->opcode & 1) ? 1 : in->wide ? 8 : in->operand16 ? 2 : 4;
@@ -133,13 +115,20 @@ static bool do_string(const struct insn *in, greg_t *regs, uint64_t address)
 	if (!in->rep || !(movs || stos) || regs[REG_EFL] & DIRECTION_FLAG)
 		return false;
 	n = n < count ? n : count;
-	if (movs && (uint64_t)regs[REG_RSI] == address) {
-		/* By a system call: where it may not be written to there is no second signal in this one. */
-		struct iovec from = {(void *)(uintptr_t)(ones + address % UVM_PAGE), n * size};
-		struct iovec to = {(void *)(uintptr_t)regs[REG_RDI], n * size};
-		int64_t done = sys_process_vm_writev(&from, &to);
+	struct iovec here = {(void *)(uintptr_t)shadow, n * size}, there = {NULL, n * size};
+	if (movs) {
+		/* By system calls: where the other side cannot be had there is no second signal in this one. */
+		bool load = (uint64_t)regs[REG_RSI] == address;
+		there.iov_base = (void *)(uintptr_t)regs[load ? REG_RDI : REG_RSI];
+		if (!load && (uint64_t)regs[REG_RDI] != address)
+			return false;
+		int64_t done = load ? sys_process_vm_writev(&here, &there)
+				    : sys_process_vm_readv(&here, &there);
 		n = done < 0 ? 0 : (uint64_t)done / size;
-	} else if ((uint64_t)regs[REG_RDI] != address) {
+	} else if ((uint64_t)regs[REG_RDI] == address) {
+		for (uint64_t i = 0; i < n; i++)
+			memcpy((char *)here.iov_base + i * size, &regs[REG_RAX], size);
+	} else {
 		return false;
 	}
 	if (!n)
@@ -151,16 +140,17 @@ static bool do_string(const struct insn *in, greg_t *regs, uint64_t address)
 	return true;
 }
 
-enum uvm_step uvm_step_begin(void *context, uint64_t address, bool write, struct uvm_shift *shift)
+enum uvm_step uvm_step_begin(void *context, uint64_t address, uint64_t shadow,
+			     struct uvm_shift *shift)
 {
 	greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
 	struct insn in = {.next = (const uint8_t *)(uintptr_t)regs[REG_RIP]};
 	int base = -1;
 
-	if (!ones || !decode_opcode(&in))
+	if (!decode_opcode(&in))
 		return UVM_STEP_REFUSED;
 	if (is_string(&in)) {
-		if (do_string(&in, regs, address))
+		if (do_string(&in, regs, address, shadow))
 			return UVM_STEP_DONE;
 		/* Perhaps the second half of its element. */
 		base = address - (uint64_t)regs[REG_RSI] < 8   ? 6
@@ -174,12 +164,11 @@ enum uvm_step uvm_step_begin(void *context, uint64_t address, bool write, struct
 			return UVM_STEP_REFUSED;
 	if (base < 0 || shift->nr == UVM_SHIFTS)
 		return UVM_STEP_REFUSED;
-	uint64_t to = (write ? sink : ones) + UVM_PAGE + address % UVM_PAGE;
 	greg_t *reg = &regs[gregs_of[base]];
 	shift->reg[shift->nr] = base;
 	shift->string = is_string(&in);
-	shift->by[shift->nr] = to - address;
-	*reg += (greg_t)(to - address);
+	shift->by[shift->nr] = shadow - address;
+	*reg += (greg_t)(shadow - address);
 	shift->moved[shift->nr++] = (uint64_t)*reg;
 	return UVM_STEP_TRAP;
 }
@@ -198,14 +187,10 @@ void uvm_step_end(void *context, struct uvm_shift *shift)
 }
 
 #else
-int uvm_step_init(void)
+enum uvm_step uvm_step_begin(void *context, uint64_t address, uint64_t shadow,
+			     struct uvm_shift *shift)
 {
-	return 0;
-}
-
-enum uvm_step uvm_step_begin(void *context, uint64_t address, bool write, struct uvm_shift *shift)
-{
-	(void)context, (void)address, (void)write, (void)shift;
+	(void)context, (void)address, (void)shadow, (void)shift;
 	return UVM_STEP_REFUSED;
 }
 

@@ -270,6 +270,14 @@ static inline int sys_mremap_over(uint64_t from, uint64_t len, uint64_t to)
 	return p == MAP_FAILED ? -errno : 0;
 }
 
+/* A second mapping of shared memory. */
+static inline int sys_mremap_copy(uint64_t from, uint64_t len, uint64_t *ret)
+{
+	void *p = mremap((void *)(uintptr_t)from, 0, len, MREMAP_MAYMOVE);
+	*ret = p == MAP_FAILED ? 0 : (uint64_t)(uintptr_t)p;
+	return p == MAP_FAILED ? -errno : 0;
+}
+
 static inline int sys_munmap(uint64_t addr, uint64_t len)
 {
 	return uvm_rc(munmap((void *)(uintptr_t)addr, len));
@@ -302,6 +310,12 @@ static inline int sys_futex_wake(_Atomic uint32_t *word, int count)
 static inline int64_t sys_process_vm_writev(const struct iovec *from, const struct iovec *to)
 {
 	ssize_t n = process_vm_writev(getpid(), from, 1, to, 1, 0);
+	return n < 0 ? -errno : n;
+}
+
+static inline int64_t sys_process_vm_readv(const struct iovec *to, const struct iovec *from)
+{
+	ssize_t n = process_vm_readv(getpid(), to, 1, from, 1, 0);
 	return n < 0 ? -errno : n;
 }
 

@@ -202,7 +202,7 @@ static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struc
 			rc = -ENOSPC;
 		} else {
 			uint64_t n = uvm_ph_run_poison(r, index, t->run);
-			rc = uvm_ph_cover(r, index, n);
+			rc = uvm_ph_cover(r, index, n, &ph->shadow);
 			if (rc < 0 && n > 1) { /* what was poisoned for it goes back */
 				if (sys_madvise(address + UVM_PAGE, (n - 1) << UVM_PAGE_SHIFT,
 						MADV_DONTNEED) == 0)
@@ -210,7 +210,7 @@ static enum delivery cover_for(struct uvm_region *r, uint64_t index, const struc
 				(void)sys_uffd_wake(uvm_service_uffd(r->service),
 						    address + UVM_PAGE, (n - 1) << UVM_PAGE_SHIFT);
 				n = 1;
-				rc = uvm_ph_cover(r, index, 1);
+				rc = uvm_ph_cover(r, index, 1, &ph->shadow);
 			}
 			if (rc == 0) {
 				ph->region = f->region;
@@ -452,11 +452,16 @@ static enum delivery step_over(struct uvm_region *r, uint64_t address, void *con
 	struct uvm_placeholder *ph = uvm_ph_find(uvm_region_handle(r), index);
 	if (t && ph && ph->state == UVM_PH_COVERED && !ph->left_open) {
 		t->stepping = true;
-		if (!steps_no_more(t)) {
+		if (!steps_no_more(t) && t->nr_over < UVM_SHIFTS) {
+			uint64_t shadow = ph->shadow + (address - ph->address);
+			t->over[t->nr_over++] = (uint16_t)(ph - uvm_failures.ph);
+			ph->nr_steps++;
 			t->steps++;
 			uvm_failures_unlock();
-			step = uvm_step_begin(context, address, uvm_is_write(context), &t->shift);
+			step = uvm_step_begin(context, address, shadow, &t->shift);
 			uvm_failures_lock();
+			if (step != UVM_STEP_TRAP)
+				uvm_ph_step_done(&uvm_failures.ph[t->over[--t->nr_over]]);
 			ph = uvm_ph_find(uvm_region_handle(r), index);
 		}
 		if (step == UVM_STEP_REFUSED && ph && ph->state == UVM_PH_COVERED &&
@@ -484,6 +489,8 @@ void uvm_sigtrap_handler(int sig, siginfo_t *info, void *context)
 		if (ours) {
 			t->nr_traps--;
 			uvm_step_end(context, &t->shift);
+			while (t->nr_over)
+				uvm_ph_step_done(&uvm_failures.ph[t->over[--t->nr_over]]);
 			close_for(t);
 		}
 		uvm_failures_unlock();

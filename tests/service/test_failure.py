@@ -586,6 +586,32 @@ def test_threads_that_retry_a_failing_page_are_told_each_time(service: str) -> N
     )
 
 
+@pytest.mark.parametrize("service", ["native", "inline"])
+def test_a_call_reads_again_what_it_has_stored(service: str) -> None:
+    # Else a sort in place, say, may run out of its array. Another thread lives, so each instruction is sent elsewhere.
+    run(
+        f"""
+        threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+        file = make_file(8)
+        region = uv.map(file.name, mode="c", service="{service}", **one_page)
+        a = region.array("int64")
+        for page in (0, 1, 2, 3, 4, 6, 7):
+            a[page * 512]
+        sums = np.frombuffer(content(8), "int64").copy()
+        sums[5 * 512 : 6 * 512] = -1
+        np.cumsum(sums, out=sums)
+        fail()
+        assert raises(uv.SourceError, lambda: np.cumsum(a, out=a)).index == 5
+        assert (a[: 5 * 512] == sums[: 5 * 512]).all()
+        assert (a[6 * 512 :] == sums[6 * 512 :]).all()
+        assert nr_placeholders() == 0
+        heal()
+        assert a[5 * 512 : 6 * 512].tobytes() == content(8)[5 * PAGE : 6 * PAGE]
+        os._exit(0)
+        """
+    )
+
+
 def test_two_threads_that_fail_on_one_page_are_both_told() -> None:
     run(
         """
