@@ -440,6 +440,16 @@ static void trap(struct uvm_told *t, void *context)
 #endif
 }
 
+static bool traps(const void *context)
+{
+#if UVM_HAVE_STEP
+	return ((const ucontext_t *)context)->uc_mcontext.gregs[REG_EFL] & TRAP_FLAG;
+#else
+	(void)context;
+	return false;
+#endif
+}
+
 /* The thread has been told, and may go on: over its placeholder, if that is still there. */
 static enum delivery step_over(struct uvm_region *r, uint64_t address, void *context)
 {
@@ -452,7 +462,9 @@ static enum delivery step_over(struct uvm_region *r, uint64_t address, void *con
 	struct uvm_placeholder *ph = uvm_ph_find(uvm_region_handle(r), index);
 	if (t && ph && ph->state == UVM_PH_COVERED && !ph->left_open) {
 		t->stepping = true;
-		if (!steps_no_more(t) && t->nr_over < UVM_SHIFTS) {
+		/* Not in a handler of the program's that interrupted such an instruction: its registers wait. */
+		bool nested = t->nr_traps && !traps(context);
+		if (!steps_no_more(t) && !nested && t->nr_over < UVM_SHIFTS) {
 			uint64_t shadow = ph->shadow + (address - ph->address);
 			t->over[t->nr_over++] = (uint16_t)(ph - uvm_failures.ph);
 			ph->nr_steps++;
@@ -487,10 +499,11 @@ void uvm_sigtrap_handler(int sig, siginfo_t *info, void *context)
 		struct uvm_told *t = uvm_told_find(sys_gettid());
 		ours = t && t->nr_traps;
 		if (ours) {
-			t->nr_traps--;
-			uvm_step_end(context, &t->shift);
-			while (t->nr_over)
-				uvm_ph_step_done(&uvm_failures.ph[t->over[--t->nr_over]]);
+			if (!--t->nr_traps) {
+				uvm_step_end(context, &t->shift);
+				while (t->nr_over)
+					uvm_ph_step_done(&uvm_failures.ph[t->over[--t->nr_over]]);
+			}
 			close_for(t);
 		}
 		uvm_failures_unlock();
