@@ -588,7 +588,7 @@ def test_threads_that_retry_a_failing_page_are_told_each_time(service: str) -> N
 
 @pytest.mark.parametrize("service", ["native", "inline"])
 def test_a_call_reads_again_what_it_has_stored(service: str) -> None:
-    # Else a sort in place, say, may run out of its array. Another thread lives, so instructions are sent elsewhere.
+    # Else a sort in place may run out of its array. Another thread lives: instructions are sent elsewhere.
     run(
         f"""
         threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
