@@ -75,7 +75,7 @@ static bool has_modrm(const struct insn *in)
 		return !(in->map == 2 &&
 			 ((op >= 0x90 && op <= 0x93) || (op >= 0xa0 && op <= 0xa3) || op == 0x4b));
 	return (op < 0x40 && (op & 7) < 4) || op == 0x63 || op == 0x69 || op == 0x6b ||
-	       (op >= 0x80 && op <= 0x8f) || op == 0xc0 || op == 0xc1 || op == 0xc6 || op == 0xc7 ||
+	       (op >= 0x80 && op <= 0x8e) || op == 0xc0 || op == 0xc1 || op == 0xc6 || op == 0xc7 ||
 	       (op >= 0xd0 && op <= 0xd3) || (op >= 0xd8 && op <= 0xdf) || op == 0xf6 ||
 	       op == 0xf7 || op == 0xfe;
 }
