@@ -38,6 +38,7 @@ struct service {
 
 static struct service services[3] = {{.uffd = -1}, {.uffd = -1}, {.uffd = -1}};
 static int event_fd = -1; /* wakes the fault thread: stop, parked faults to run again */
+static struct uvm_file_id event_id;
 static _Atomic int stopping[3];
 
 /* ---- descriptors that the program closed ---------------------------------------------------------------- */
@@ -49,6 +50,13 @@ static bool runs(int service)
 static bool still_ours(int service)
 {
 	return uvm_fd_is(uvm_service_uffd(service), &services[service].id);
+}
+
+/* -1 where there is none, or its number is another file's. (Other eventfds have the same inode.) */
+static int event_of_ours(void)
+{
+	int fd = __atomic_load_n(&event_fd, __ATOMIC_ACQUIRE);
+	return fd >= 0 && uvm_fd_is(fd, &event_id) ? fd : -1;
 }
 
 static void lose_region(struct uvm_region *r, void *arg)
@@ -167,9 +175,8 @@ void uvm_unpark_range(struct uvm_region *r, uint64_t index, uint64_t nr_pages, u
 void uvm_poke_fault_thread(void)
 {
 	uint64_t one = 1;
-	int fd = __atomic_load_n(&event_fd, __ATOMIC_ACQUIRE);
-	int service = runs(UVM_SERVICE_NATIVE) ? UVM_SERVICE_NATIVE : UVM_SERVICE_INLINE;
-	if (fd >= 0 && still_ours(service))
+	int fd = event_of_ours();
+	if (fd >= 0)
 		(void)!write(fd, &one, sizeof one);
 }
 
@@ -447,12 +454,13 @@ static void wait_for_work(int uffd, bool tick)
 	int ms = tick ? TICK_MS : LOOK_MS;
 	struct timespec ts = {ms / 1000, ms % 1000 * 1000000};
 	ppoll(fds, 2, &ts, NULL);
-	if (fds[1].revents & POLLNVAL)
-		event_fd = -1;
-	if (fds[1].revents & POLLIN && still_ours(UVM_SERVICE_NATIVE)) {
-		uint64_t count;
+	if (!fds[1].revents)
+		return;
+	uint64_t count;
+	if (event_of_ours() != event)
+		event_fd = -1; /* the tick has to do */
+	else if (fds[1].revents & POLLIN)
 		(void)!read(event, &count, sizeof count);
-	}
 }
 
 static void *fault_main(void *arg)
@@ -465,11 +473,13 @@ static void *fault_main(void *arg)
 	uint64_t spin_ns = CPU_COUNT(&fo.home) > 1 ? uvm_space.config.spin_ns : 0;
 	memset(x->buf, 0, 256 * UVM_PAGE); /* resident before the first fault */
 	uint64_t spin_until = 0, next_tick = 0;
-	bool watching = false;
+	bool watching = false, served = false;
 	while (!atomic_load_explicit(&stopping[UVM_SERVICE_NATIVE], memory_order_relaxed)) {
-		if (!checked_lately(UVM_SERVICE_NATIVE))
+		/* A number that just had messages is trusted for a moment; one that had none is looked at. */
+		if (!(served ? checked_lately(UVM_SERVICE_NATIVE)
+			     : uvm_service_check(UVM_SERVICE_NATIVE)))
 			break;
-		bool served = serve(x, uffd, &fo) > 0;
+		served = serve(x, uffd, &fo) > 0;
 		if (served) {
 			/* On the toucher's own CPU spinning would only keep it from running, and next to
 			 * busy workers it would keep one of them from it. */
@@ -644,7 +654,7 @@ static int threads_start(int service)
 		return rc;
 	if (event_fd < 0)
 		event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	if (event_fd < 0)
+	if (event_fd < 0 || uvm_file_id(event_fd, &event_id) < 0)
 		return -errno;
 	atomic_store(&stopping[service], 0);
 	rc = workers_start();
