@@ -350,6 +350,8 @@ static enum delivery deliver(struct uvm_region *r, uint64_t index, bool poison_f
 		nanosleep(&grace, NULL);
 	}
 	uvm_failures_lock();
+	struct uvm_told *told = uvm_told_find(tid);
+	again = told && told->state != UVM_TOLD_SWALLOWED; /* the janitor may have let go of it */
 	struct uvm_failure *known = uvm_record_find(f.region, index);
 	if (known)
 		f = *known;
