@@ -913,11 +913,14 @@ static int64_t settle_the_dead(struct uvm_cache *c, int64_t excess, bool believe
 		settled += state == UVM_FOLIO_UPTODATE || state == UVM_FOLIO_DIRTY ||
 			   state == UVM_FOLIO_WRITEBACK;
 	}
-	int64_t over = before - (int64_t)(settled + busy), under = (int64_t)settled - before;
+	int64_t after = (int64_t)__atomic_load_n(nr_used, __ATOMIC_ACQUIRE);
+	int64_t least = before < after ? before : after, most = before < after ? after : before;
+	int64_t over = least - (int64_t)(settled + busy), under = (int64_t)settled - most;
 	excess = over < excess ? over : excess;
 	if (under > 0) {
 		__atomic_fetch_add(nr_used, (uint64_t)under, __ATOMIC_RELAXED);
-	} else if (believe && excess > 0) {
+	} else if (believe && excess > 0 &&
+		   !others_attached(c)) { /* who may be stopped in that gap */
 		__atomic_fetch_sub(nr_used, (uint64_t)excess, __ATOMIC_RELAXED);
 		excess = INT64_MAX;
 	}
@@ -962,7 +965,12 @@ bool uvm_cache_charge(struct uvm_cache *c, uint64_t nr_pages, bool may_write_bac
 
 void uvm_cache_uncharge(struct uvm_cache *c, uint64_t nr_pages)
 {
-	__atomic_fetch_sub(&c->shared->ctl.nr_used, nr_pages, __ATOMIC_RELAXED);
+	uint64_t *nr_used = &c->shared->ctl.nr_used;
+	uint64_t used = __atomic_load_n(nr_used, __ATOMIC_RELAXED), left;
+	do /* not below zero: what a killed child was filling may not have been charged yet */
+		left = used > nr_pages ? used - nr_pages : 0;
+	while (!__atomic_compare_exchange_n(nr_used, &used, left, true, __ATOMIC_RELAXED,
+					    __ATOMIC_RELAXED));
 }
 
 /* ---- write-back --------------------------------------------------------------------------------------------- */
