@@ -519,6 +519,17 @@ void uvm_sigtrap_handler(int sig, siginfo_t *info, void *context)
 	errno = saved;
 }
 
+/* The end of both handlers, with nothing held: the instruction runs again, or the signal is another's. */
+static void conclude(enum delivery d, int sig, siginfo_t *info, void *context)
+{
+	if (d == LATER)
+		wait_a_little();
+	else if (d == AGAIN && !look_again(sys_gettid(), (uint64_t)(uintptr_t)info->si_addr))
+		d = DIE;
+	if (d == DIE)
+		uvm_chain(sig, info, context);
+}
+
 void uvm_sigbus_handler(int sig, siginfo_t *info, void *context)
 {
 	int saved = errno;
@@ -546,12 +557,7 @@ void uvm_sigbus_handler(int sig, siginfo_t *info, void *context)
 			d = step_over(r, address, context);
 		uvm_region_put(r);
 	}
-	if (d == LATER)
-		wait_a_little();
-	else if (d == AGAIN && !look_again(sys_gettid(), address))
-		d = DIE;
-	if (d == DIE)
-		uvm_chain(SIGBUS, info, context);
+	conclude(d, SIGBUS, info, context);
 	errno = saved;
 }
 
@@ -594,12 +600,7 @@ void uvm_sigsegv_handler(int sig, siginfo_t *info, void *context)
 		if (d == DELIVERED)
 			d = step_over(r, address, context);
 		uvm_region_put(r);
-		if (d == LATER)
-			wait_a_little();
-		else if (d == AGAIN && !look_again(sys_gettid(), address))
-			d = DIE;
 	}
-	if (d == DIE)
-		uvm_chain(SIGSEGV, info, context);
+	conclude(d, SIGSEGV, info, context);
 	errno = saved;
 }
